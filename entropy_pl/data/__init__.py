@@ -1,0 +1,1 @@
+"""Prompts: datasets by name, and the datamodule that keeps evaluation and update prompts apart."""

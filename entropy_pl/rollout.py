@@ -1,0 +1,132 @@
+"""The two things that travel between rooms: a sampled batch, and what the policy says of every token in it.
+
+Notation, here and everywhere: N sequences, P prompt positions, T completion positions, V vocabulary entries;
+``m_ik`` is True where completion i has a token at position k (its first EOS counts, nothing after it does).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """Prompts with one sampled completion each, under TRL's key names.
+
+    Args:
+        prompt_ids: token ids ``[N, P]``, left-padded.
+        prompt_mask: ``[N, P]``, True at real tokens; stored as bool.
+        completion_ids: token ids ``[N, T]``, right-padded.
+        completion_mask: ``[N, T]``, True up to and including the first EOS; stored as bool.
+
+    Raises:
+        ValueError: if a shape disagrees with the others, or a mask is padded on the wrong side.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "completion"):
+            ids, mask = getattr(self, f"{name}_ids"), getattr(self, f"{name}_mask")
+            if ids.ndim != 2 or mask.shape != ids.shape:
+                raise ValueError(
+                    f"expected {name}_ids and {name}_mask of one shape [N, length], "
+                    f"got {list(ids.shape)} and {list(mask.shape)}"
+                )
+            object.__setattr__(self, f"{name}_mask", mask.bool())
+        if len(self.prompt_ids) != len(self.completion_ids):
+            raise ValueError(
+                f"expected one completion per prompt row, got {len(self.prompt_ids)} prompts "
+                f"and {len(self.completion_ids)} completions"
+            )
+        if (self.prompt_mask[:, :-1] & ~self.prompt_mask[:, 1:]).any():
+            raise ValueError("expected prompts padded on the left: a prompt_mask has False after True")
+        if (~self.completion_mask[:, :-1] & self.completion_mask[:, 1:]).any():
+            raise ValueError("expected completions padded on the right: a completion_mask has True after False")
+        if not self.prompt_mask.any(1).all():
+            raise ValueError("expected at least one token in every prompt, got a prompt that is all padding")
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """Tokens per prompt, ``[N]``."""
+        return self.prompt_mask.sum(1)
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        """Tokens per completion, ``[N]``."""
+        return self.completion_mask.sum(1)
+
+    def select(self, index: Tensor) -> Rollout:
+        """The rows of ``index``, padding kept as it is."""
+        return Rollout(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def to(self, device: torch.device | str) -> Rollout:
+        """The same rollout on another device."""
+        return Rollout(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    @staticmethod
+    def concatenate(rollouts: list[Rollout]) -> Rollout:
+        """One rollout of all rows, padded to the longest prompt and completion (pad id 0, masked)."""
+        if not rollouts:
+            raise ValueError("expected at least one rollout to concatenate, got none")
+
+        def padded(name: str, left: bool) -> Tensor:
+            parts = [getattr(rollout, name) for rollout in rollouts]
+            width = max(part.shape[1] for part in parts)
+            pad = [(width - part.shape[1], 0) if left else (0, width - part.shape[1]) for part in parts]
+            return torch.cat([torch.nn.functional.pad(part, p) for part, p in zip(parts, pad, strict=True)])
+
+        return Rollout(
+            padded("prompt_ids", True),
+            padded("prompt_mask", True),
+            padded("completion_ids", False),
+            padded("completion_mask", False),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStats:
+    """What a policy says of every completion token of a rollout, or the derivative of that along an update.
+
+    Args:
+        logp: ``s_ik = log π(t_ik | prefix)`` in nats, ``[N, T]``.
+        entropy: ``h_ik = H(π(· | prefix))`` in nats, ``[N, T]``.
+        mask: ``m_ik``, ``[N, T]``, bool.
+
+    Both statistics are of the sampling distribution (temperature applied to logits) and zero where the mask is False.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.logp.ndim != 2 or not self.logp.shape == self.entropy.shape == self.mask.shape:
+            raise ValueError(
+                "expected logp, entropy and mask of one shape [N, T], got "
+                f"{list(self.logp.shape)}, {list(self.entropy.shape)} and {list(self.mask.shape)}"
+            )
+        object.__setattr__(self, "mask", self.mask.bool())
+
+    def __len__(self) -> int:
+        return len(self.logp)
+
+    def select(self, index: Tensor) -> TokenStats:
+        """The rows of ``index``."""
+        return TokenStats(self.logp[index], self.entropy[index], self.mask[index])
+
+    def detach(self) -> TokenStats:
+        """The same numbers, cut from the graph."""
+        return replace(self, logp=self.logp.detach(), entropy=self.entropy.detach())
