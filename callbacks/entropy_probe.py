@@ -1,0 +1,294 @@
+"""The probe in a Lightning run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
+
+from entropy_pl.callbacks.attach import find_policy, find_prompts, find_tokenizer
+from entropy_pl.callbacks.session import ProbeSession
+from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
+from entropy_pl.policy.tangents import Method
+from entropy_pl.probe import EntropyProbe, Precision
+from entropy_pl.reporting import (
+    Record,
+    RecordWriter,
+    add_margin_charts,
+    delta_entropy_figure,
+    eta_sweep_figure,
+    latest_per_step,
+    probe_table,
+    read_records,
+    scalars,
+)
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+class EntropyProbeCallback(Callback):
+    """Measures the entropy change of single optimizer steps, beside its first-order prediction.
+
+    Probed are optimizer steps n with n % every_n_steps == 0, counting from 0. The run is not changed by a bit: the
+    probe has its own random streams, works on the parameters of before the step, and puts everything back.
+
+    Args:
+        prompts: E prompts, ready for the tokenizer. None takes the datamodule's E split.
+        num_sequences: N, completions in the E-batch. The error bars shrink as 1/sqrt(N), the cost grows as N.
+        completions_per_prompt: how many of them share a prompt; error bars are then clustered by prompt.
+        every_n_steps: distance between probed steps; 0 turns the probe off.
+        etas: absolute step sizes to measure at, besides the multiples.
+        eta_multipliers: step sizes as multiples of that step's learning rate. The step really taken is always measured.
+        policy: attribute path of the Hugging Face or PEFT model in the module. None finds it where there is one.
+        tokenizer: of the policy. None takes `tokenizer` or `processing_class` of the module or datamodule.
+        max_new_tokens: longest completion. None takes the module's `max_new_tokens`, else 256.
+        temperature: E is drawn at it, with top_p = 1 and no top-k. None takes the module's `temperature`, else 1.
+        normalize: `per_token` or `per_sequence`.
+        weighting: `prefix` (per-decision importance weights, less variance) or `sequence` (classical).
+        integrand: `rao_blackwell` (entropy at every prefix) or `surprisal` (-log-prob).
+        clip_log_weight: bound on the absolute log weight. None leaves the estimate unbiased to O(1/N).
+        confidence: of every interval.
+        method: how derivatives are made: `auto`, `forward_mode` or `central_difference`.
+        precision: `float32`, or `float64` for the whole forward pass of the probe.
+        max_batch_tokens: padded tokens per micro-batch of the probe. None bounds the memory of the logits.
+        resample_prompts: draw other E prompts, seeded, at every probe.
+        seed: of the E prompts and their completions.
+        reward_metric: logged metric that stands beside each probe as its reward.
+        output_directory: where records and figures go. None takes `entropy_probe` in the logger's folder.
+        progress_bar: show one while the probe works; never without a terminal.
+
+    Raises:
+        MisconfigurationException: at construction for an option out of range; at the start of fit if no policy,
+            tokenizer or prompts can be found.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | None = None,
+        num_sequences: int = 256,
+        completions_per_prompt: int = 1,
+        every_n_steps: int = 10,
+        etas: Sequence[float] | None = None,
+        eta_multipliers: Sequence[float] = (0.5, 1.0, 2.0),
+        policy: str | None = None,
+        tokenizer: Any = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        normalize: Normalize = "per_token",
+        weighting: Weighting = "prefix",
+        integrand: Integrand = "rao_blackwell",
+        clip_log_weight: float | None = None,
+        confidence: float = 0.95,
+        method: Method = "auto",
+        precision: Precision = "float32",
+        max_batch_tokens: int | None = None,
+        resample_prompts: bool = False,
+        seed: int = 0,
+        reward_metric: str = "train/reward",
+        output_directory: str | None = None,
+        progress_bar: bool = True,
+    ) -> None:
+        if every_n_steps < 0:
+            raise MisconfigurationException(f"expected every_n_steps ≥ 0 (0 is off), got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.records: list[Record] = []
+        self._prompts, self._policy, self._tokenizer = prompts, policy, tokenizer
+        self._sampling = {
+            "num_sequences": num_sequences,
+            "completions_per_prompt": completions_per_prompt,
+            "seed": seed,
+            "resample_prompts": resample_prompts,
+        }
+        self._max_new_tokens, self._temperature = max_new_tokens, temperature
+        self._options: dict[str, Any] = {
+            "etas": tuple(etas or ()),
+            "eta_multipliers": tuple(eta_multipliers),
+            "normalize": normalize,
+            "weighting": weighting,
+            "integrand": integrand,
+            "clip_log_weight": clip_log_weight,
+            "confidence": confidence,
+            "method": method,
+            "precision": precision,
+            "max_batch_tokens": max_batch_tokens,
+        }
+        try:
+            EntropyProbe(**self._options, temperature=1.0 if temperature is None else temperature)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        self._reward_metric = reward_metric
+        self._output_directory = output_directory
+        self._progress_bar = progress_bar
+        self._session: ProbeSession | None = None
+        self._handles: list[RemovableHandle] = []
+        self._pending: list[Record] = []
+        self._writer: RecordWriter | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tells two probes of one run apart."""
+        return self._generate_state_key(every_n_steps=self.every_n_steps, policy=self._policy, **self._sampling)
+
+    def is_due(self, step: int) -> bool:
+        """Whether optimizer step ``step``, counted from 0, is probed; override for another schedule."""
+        return self.every_n_steps > 0 and step % self.every_n_steps == 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what the probe needs, and refuse now rather than in an hour."""
+        if self.every_n_steps == 0:
+            return
+        if trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"expected one process, got {trainer.world_size}: the probe does not share its E-batch out yet; "
+                "train with devices=1, or turn it off with every_n_steps=0"
+            )
+        policy = find_policy(pl_module, self._policy)
+        temperature = getattr(pl_module, "temperature", 1.0) if self._temperature is None else self._temperature
+        max_new_tokens = self._max_new_tokens or getattr(pl_module, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+        try:
+            self._session = ProbeSession(
+                policy,
+                find_tokenizer(trainer, pl_module, self._tokenizer),
+                find_prompts(trainer, self._prompts),
+                EntropyProbe(**self._options, temperature=temperature),
+                max_new_tokens=max_new_tokens,
+                **self._sampling,
+            )
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        self._writer = RecordWriter(self.directory(trainer) / "records.jsonl")
+        self._watch(trainer, policy)
+        for writer in _tensorboard_writers(trainer.loggers):
+            add_margin_charts(writer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Write and log what the batch's optimizer steps left behind."""
+        if self._session is not None and self._session.armed:
+            self._session.disarm()  # the watched step never came: a scaler skipped it
+        if self._pending:
+            reward = trainer.callback_metrics.get(self._reward_metric)
+            for record in self._pending:
+                record["reward"] = None if reward is None else float(reward)
+                self._publish(trainer, record)
+            self._pending.clear()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the probes as a table and a figure, and say where everything lies."""
+        self._release()
+        if self._writer is not None and self.records and trainer.is_global_zero:
+            self._summarize(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizer and of θ."""
+        self._release()
+
+    def directory(self, trainer: Trainer) -> Path:
+        """Where records and figures go."""
+        if self._output_directory is not None:
+            return Path(self._output_directory)
+        return Path(trainer.log_dir or trainer.default_root_dir) / "entropy_probe"
+
+    def _watch(self, trainer: Trainer, policy: nn.Module) -> None:
+        """Hook into the optimizer that holds the policy's parameters.
+
+        Its post-hook is the one place that sees the clipped gradients, the new θ and the learning rate used.
+        """
+        owned = {id(parameter) for parameter in policy.parameters()}
+        holding = [
+            optimizer
+            for optimizer in trainer.optimizers
+            if any(id(p) in owned for group in optimizer.param_groups for p in group["params"])
+        ]
+        if len(holding) != 1:
+            raise MisconfigurationException(
+                f"expected one optimizer over the policy's parameters, got {len(holding)} of {len(trainer.optimizers)}"
+            )
+
+        def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            if self._session is not None and self.is_due(trainer.global_step):
+                self._session.arm(optimizer)
+
+        def after_step(*_: Any) -> None:
+            if self._session is not None and self._session.armed:
+                self._pending.append(self._measure(trainer.global_step))
+
+        self._handles = [
+            holding[0].register_step_pre_hook(before_step),
+            holding[0].register_step_post_hook(after_step),
+        ]
+
+    def _measure(self, step: int) -> Record:
+        assert self._session is not None
+        # disable=None: quiet without a terminal. Position 1 leaves the Trainer's own bar alone.
+        with tqdm(
+            desc=f"entropy probe, step {step}",
+            unit="pass",
+            leave=False,
+            position=1,
+            disable=None if self._progress_bar else True,
+        ) as bar:
+
+            def advance(phase: str) -> None:
+                bar.set_postfix_str(phase)
+                bar.update()
+
+            return self._session.measure(step, advance)
+
+    def _publish(self, trainer: Trainer, record: Record) -> None:
+        assert self._writer is not None
+        self.records.append(record)
+        self._writer.write(record)
+        for logger in trainer.loggers:
+            values = scalars(record)
+            if values:
+                logger.log_metrics(values, step=record["step"])
+            if record["status"] == "ok":
+                _log_figure(logger, "entropy_probe/eta_sweep", record)
+
+    @rank_zero_only
+    def _summarize(self, trainer: Trainer) -> None:
+        assert self._writer is not None
+        directory = self.directory(trainer)
+        records = latest_per_step(read_records(self._writer.path))
+        picture = directory / "delta_entropy.png"
+        delta_entropy_figure(records).savefig(picture)
+        console = Console(soft_wrap=True)
+        console.print(probe_table(records))
+        console.print(f"records  {self._writer.path}\nfigure   {picture}", highlight=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                console.print(f"curves   tensorboard --logdir {logger.root_dir}", highlight=False)
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._session is not None:
+            self._session.disarm()
+        self._session = None
+
+
+def _tensorboard_writers(loggers: Sequence[Logger]) -> list[Any]:
+    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _log_figure(logger: Logger, tag: str, record: Record) -> None:
+    """Through whatever the logger has for pictures; one that has nothing gets the scalars alone."""
+    try:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(tag, eta_sweep_figure(record), global_step=record["step"])
+        elif hasattr(logger, "log_image"):
+            logger.log_image(key=tag, images=[eta_sweep_figure(record)], step=record["step"])
+    except Exception as error:  # a picture is not worth a training run
+        warnings.warn(f"could not log the η-sweep of step {record['step']}: {error}", stacklevel=2)

@@ -1,0 +1,130 @@
+"""First and second order: the reducer's directional derivatives at η = 0, error bars included.
+
+No formula is written a second time here. The path η ↦ reduce(s + ηṡ + ½η²s̈, h + ηḣ + ½η²ḧ) is differentiated by
+forward mode, its value and its influences together; the closed forms live in the tests as oracles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from entropy_pl.estimators.estimate import EntropyChange, make_estimate
+from entropy_pl.estimators.snis import Clusters, Integrand, Measure, Normalize, Weighting, check_stats
+from entropy_pl.rollout import TokenStats
+
+Path = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def first_order_delta_entropy(
+    base: TokenStats,
+    tangent: TokenStats,
+    *,
+    normalize: Normalize = "per_token",
+    weighting: Weighting = "prefix",
+    integrand: Integrand = "rao_blackwell",
+    baseline: Tensor | None = None,
+    clusters: Clusters = None,
+    confidence: float = 0.95,
+) -> EntropyChange:
+    """First-order change per unit η, δH₁/η = ⟨∇H, v⟩, from the tangents ṡ and ḣ along v.
+
+    Args:
+        base: statistics at θ of completions drawn at θ, ``[N, T]``.
+        tangent: their derivatives per unit η (:func:`entropy_pl.token_stats_jvp`), ``[N, T]``.
+        normalize: ``per_token`` or ``per_sequence``.
+        weighting: ``prefix`` or ``sequence``.
+        integrand: ``rao_blackwell`` or ``surprisal``.
+        baseline: ``[N, T]``, a prediction, from the prefix of token k alone, of what ṡ_ik is multiplied by
+            (``prefix``: the centred entropy to go after k). It replaces the batch mean that self-normalization
+            subtracts; unbiased to O(1/N) whatever it predicts.
+        clusters: prompt of each sequence, ``[N]``, where prompts repeat.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: as :func:`entropy_pl.estimators.snis_delta_entropy`, or for a baseline of another shape.
+    """
+    measure = Measure(normalize, weighting, integrand)
+    check_stats(base, base=base, tangent=tangent)
+    value, influence = _derivative(_path(measure, base, tangent, None))(_origin(base))
+    if baseline is not None:
+        if baseline.shape != base.mask.shape:
+            raise ValueError(f"expected a baseline of shape {list(base.mask.shape)}, got {list(baseline.shape)}")
+        gain = _control_variate(measure, base, tangent, baseline.to(value))
+        value, influence = value - gain.mean(), influence - (gain - gain.mean())
+    return make_estimate(value, influence, clusters=clusters, confidence=confidence, mask=base.mask)
+
+
+def second_order_delta_entropy(
+    base: TokenStats,
+    tangent: TokenStats,
+    curvature: TokenStats,
+    *,
+    normalize: Normalize = "per_token",
+    weighting: Weighting = "prefix",
+    integrand: Integrand = "rao_blackwell",
+    clusters: Clusters = None,
+    confidence: float = 0.95,
+) -> EntropyChange:
+    """Second derivative of the entropy along v, v'∇²H v, per unit η².
+
+    Args:
+        base: statistics at θ, ``[N, T]``.
+        tangent: first derivatives (ṡ, ḣ), ``[N, T]``.
+        curvature: second derivatives (s̈, ḧ), ``[N, T]``.
+        normalize: ``per_token`` or ``per_sequence``.
+        weighting: ``prefix`` or ``sequence``.
+        integrand: ``rao_blackwell`` or ``surprisal``.
+        clusters: prompt of each sequence, ``[N]``, where prompts repeat.
+        confidence: of the interval.
+
+    Raises:
+        ValueError: as :func:`first_order_delta_entropy`.
+    """
+    measure = Measure(normalize, weighting, integrand)
+    check_stats(base, base=base, tangent=tangent, curvature=curvature)
+    value, influence = _derivative(_derivative(_path(measure, base, tangent, curvature)))(_origin(base))
+    return make_estimate(value, influence, clusters=clusters, confidence=confidence, mask=base.mask)
+
+
+def _path(measure: Measure, base: TokenStats, tangent: TokenStats, curvature: TokenStats | None) -> Path:
+    s, h = base.logp.double(), base.entropy.double()
+    s1, h1 = tangent.logp.double(), tangent.entropy.double()
+    s2, h2 = (curvature.logp.double(), curvature.entropy.double()) if curvature else (0.0, 0.0)
+
+    def reduce_at(eta: Tensor) -> tuple[Tensor, Tensor]:
+        half_square = eta * eta / 2
+        return measure.reduce(s, s + eta * s1 + half_square * s2, h + eta * h1 + half_square * h2, base.mask)
+
+    return reduce_at
+
+
+def _derivative(path: Path) -> Path:
+    def derivative_at(eta: Tensor) -> tuple[Tensor, Tensor]:
+        return jvp(path, (eta,), (torch.ones_like(eta),))[1]
+
+    return derivative_at
+
+
+def _origin(base: TokenStats) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=base.logp.device)
+
+
+def _control_variate(measure: Measure, base: TokenStats, tangent: TokenStats, baseline: Tensor) -> Tensor:
+    """Σ_k ṡ_ik (baseline_ik − the batch mean it replaces) / T̄ per sequence, ``[N]``; zero in expectation."""
+    mask = base.mask.double()
+    integrand = mask * (base.entropy if measure.integrand == "rao_blackwell" else -base.logp).double()
+    mean_integrand, mean_mask = integrand.mean(0), mask.mean(0)
+    length = mean_mask.sum() if measure.normalize == "per_token" else mask.new_ones(())
+    centre = mean_integrand.sum() / length if measure.normalize == "per_token" else mask.new_zeros(())
+    if measure.weighting == "sequence":
+        batch_mean = (mean_integrand.sum() - centre * mean_mask.sum()).expand_as(mean_mask)
+    else:
+        to_go = mean_integrand.flip(0).cumsum(0).flip(0)
+        if measure.integrand == "rao_blackwell":
+            to_go = to_go - mean_integrand
+        batch_mean = to_go - centre * (mean_mask.flip(0).cumsum(0).flip(0) - mean_mask)
+    return (mask * tangent.logp.double() * (baseline - batch_mean)).sum(1) / length

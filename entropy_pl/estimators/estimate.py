@@ -1,0 +1,125 @@
+"""An estimate and its error bar, from a value and the influence of every sequence on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EntropyChange:
+    """An entropy, a change of it or a derivative of it, in nats, with its error bar and the health of its weights.
+
+    Args:
+        value: the estimate; a derivative is per unit η (first order) or η² (second order).
+        stderr: standard error from the influences, clustered by prompt where prompts repeat.
+        ci_low: lower end of the confidence interval (Student's t, clusters − 1 degrees of freedom).
+        ci_high: upper end.
+        ess: Kish effective sample size of the full-sequence weights, ``(Σw)²/Σw²``.
+        ess_min: the smallest effective sample size over completion positions (``prefix`` weighting), else ``ess``.
+        max_abs_log_weight: largest absolute log importance weight in use, before clipping.
+        clip_fraction: share of the weights in use that clipping changed.
+        n_sequences: N.
+        n_tokens: completion tokens.
+        influence: ``ψ_i`` of every sequence, ``[N]``, float64, mean zero; SE = sd(ψ)/√N.
+    """
+
+    value: float
+    stderr: float
+    ci_low: float
+    ci_high: float
+    ess: float
+    ess_min: float
+    max_abs_log_weight: float
+    clip_fraction: float
+    n_sequences: int
+    n_tokens: int
+    influence: Tensor
+
+    def scaled(self, factor: float) -> EntropyChange:
+        """The same estimate times a number: δH₁(η) from δH₁ per unit η."""
+        low, high = sorted((self.ci_low * factor, self.ci_high * factor))
+        return replace(
+            self,
+            value=self.value * factor,
+            stderr=self.stderr * abs(factor),
+            ci_low=low,
+            ci_high=high,
+            influence=self.influence * factor,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field but the influences, as plain numbers."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "influence"}
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ± {self.stderr:.2g}"
+
+
+def standard_error(influence: Tensor, clusters: Tensor | Sequence[int] | None = None) -> tuple[float, int]:
+    """Standard error of an asymptotically linear estimator, and the number of independent clusters behind it.
+
+    ``SE² = C/(C−1) · Σ_c (Σ_{i∈c} ψ_i)² / N²``; with one sequence per cluster this is ``sd(ψ)/√N``.
+
+    Args:
+        influence: ``ψ_i``, ``[N]``, mean zero.
+        clusters: prompt of each sequence, ``[N]``, any labels; None: every sequence is its own.
+
+    Raises:
+        ValueError: if there are fewer than two clusters, or ``clusters`` has another length.
+    """
+    psi = influence.detach().double().cpu().numpy()
+    if clusters is not None:
+        labels = np.asarray(clusters.cpu() if isinstance(clusters, Tensor) else clusters)
+        if labels.shape != psi.shape:
+            raise ValueError(f"expected clusters of shape [{len(psi)}], one label per sequence, got {labels.shape}")
+        psi = np.bincount(np.unique(labels, return_inverse=True)[1], weights=psi)
+    count = len(psi)
+    if count < 2:
+        raise ValueError(
+            f"expected at least 2 {'sequences' if clusters is None else 'clusters'} for an error bar, got {count}"
+        )
+    return float(np.sqrt(count / (count - 1) * np.square(psi).sum()) / len(influence)), count
+
+
+def make_estimate(
+    value: Tensor,
+    influence: Tensor,
+    *,
+    clusters: Tensor | Sequence[int] | None,
+    confidence: float,
+    mask: Tensor,
+    ess: float | None = None,
+    ess_min: float | None = None,
+    max_abs_log_weight: float = 0.0,
+    clip_fraction: float = 0.0,
+) -> EntropyChange:
+    """Put the error bar on a value: standard error and Student's t interval from its influences.
+
+    Raises:
+        ValueError: if ``confidence`` is not between 0 and 1, or the clusters are too few.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"expected a confidence between 0 and 1, such as 0.95, got {confidence}")
+    stderr, count = standard_error(influence, clusters)
+    margin = float(stats.t.ppf(0.5 + confidence / 2, count - 1)) * stderr
+    number = float(value)
+    return EntropyChange(
+        value=number,
+        stderr=stderr,
+        ci_low=number - margin,
+        ci_high=number + margin,
+        ess=float(len(mask)) if ess is None else ess,
+        ess_min=float(len(mask)) if ess_min is None else ess_min,
+        max_abs_log_weight=max_abs_log_weight,
+        clip_fraction=clip_fraction,
+        n_sequences=len(mask),
+        n_tokens=int(mask.sum()),
+        influence=influence.detach().to(torch.float64),
+    )

@@ -1,0 +1,399 @@
+"""Group relative policy optimization as a LightningModule: sample, reward, compare within the group, step.
+
+What is simple here, on purpose:
+
+* One process. The loop is plain autograd on one device; for more, run more seeds.
+* Every update of a rollout uses all of it: ``updates_per_rollout`` counts epochs over the rollout, not mini-batches.
+* The policy that sampled is the policy at the first update, and its log-probs are read off that update's own forward
+  pass. They are of the full distribution at the sampling temperature: ``top_p`` and ``top_k`` narrow the sampling
+  alone, so that with them the ratio π/π_old still starts at 1 but sampled tokens are not quite π's.
+* The reference policy is the same model with its adapter off.
+* Completions cut off at ``max_new_tokens`` are scored and trained on like the others.
+
+The random numbers of a rollout depend on the seed and on the number of rollouts before it, and on nothing else: a
+resumed run draws what it would have drawn, and callbacks cannot change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from entropy_pl.data.datamodule import PromptBatch
+from entropy_pl.groups import Groups, GroupSampler, ZeroAdvantage
+from entropy_pl.objectives import (
+    AdvantageKind,
+    LossSettings,
+    LossType,
+    RewardSum,
+    group_advantages,
+    policy_loss,
+    token_weights,
+)
+from entropy_pl.policy import (
+    Policy,
+    PolicySettings,
+    evaluation_mode,
+    isolated_rng,
+    load_policy_from,
+    reference_policy,
+    trainable_parameters,
+)
+from entropy_pl.policy.score import compact, default_batch_tokens, micro_batches, over_micro_batches, policy_stats
+from entropy_pl.rollout import Rollout
+
+METRICS = (
+    "reward",
+    "completion_length",
+    "truncated_fraction",
+    "zero_advantage_fraction",
+    "entropy",
+    "kl",
+    "clip_fraction",
+    "grad_norm",
+    "lr",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatch:
+    """What the optimizer steps of one rollout learn from.
+
+    Args:
+        rollout: the N rows that take part.
+        advantages: ``[N]``, float32.
+        weights: of each token in the loss, ``[N, T]``; they depend on the whole batch, not on its micro-batches.
+        ref_logp: log-probs under the reference policy in nats, ``[N, T]``; None without a KL term.
+    """
+
+    rollout: Rollout
+    advantages: Tensor
+    weights: Tensor
+    ref_logp: Tensor | None
+
+
+class GRPOModule(LightningModule):
+    """GRPO and its relatives (Dr. GRPO, DAPO, BNPO) on a causal language model, usually with a LoRA adapter.
+
+    One training step takes a batch of prompts, samples a group of G completions for each, turns their rewards into
+    advantages over the group, and takes ``updates_per_rollout`` optimizer steps on the clipped policy-gradient loss.
+    See ``objectives`` for the formulas.
+
+    Logged once per rollout, under ``train/``: reward (weighted sum) and reward_<name>, completion_length (tokens),
+    truncated_fraction (completions without an end token) and zero_advantage_fraction (groups of equal rewards), all of
+    the first draw, before filtering or resampling; entropy (nats per trained token, at the sampling θ), kl (nats per
+    token, where there is a reference), clip_fraction, grad_norm (before clipping) and lr, as means over the updates.
+
+    Args:
+        policy: the policy to load; from code also a ready `Policy`, which is used as it is.
+        num_generations: G, completions per prompt; at least 2.
+        max_new_tokens: largest number of tokens in a completion.
+        temperature: of sampling, and of the log-probs in the loss.
+        top_p: sample from the smallest set of tokens with this probability; 1 keeps all.
+        top_k: sample from the k likeliest tokens; None keeps all.
+        rewards: names of registered rewards (`format`, `numeric_answer`, or your own).
+        reward_weights: one per reward; None: 1 each.
+        advantage: `mean_std` (GRPO), `mean` (Dr. GRPO) or `leave_one_out` (RLOO).
+        loss_type: how tokens are weighted: `grpo`, `dr_grpo`, `dapo` or `bnpo`.
+        clip_low: the ratio of new to old probability is clipped at 1 - clip_low.
+        clip_high: and at 1 + clip_high.
+        kl_coefficient: weight of the KL divergence to the reference policy (adapter off); 0 needs no reference.
+        updates_per_rollout: optimizer steps on each rollout.
+        max_batch_tokens: padded tokens per forward pass in training; bounds memory, does not change the result (but for
+            dropout's masks). None bounds the logits' memory.
+        sample_batch_size: completions sampled at once; None takes up to 256.
+        zero_advantage: what becomes of groups whose rewards are all equal. `keep`: they count in the loss's average
+            (and in the KL term). `filter`: they are dropped, and the average is over the rest. `resample`: their
+            prompts are answered anew, up to max_resamples times, then what is left is dropped. Drawing until rewards
+            differ favours prompts of middling difficulty. A rollout without any advantage takes no optimizer step,
+            unless it is kept and there is a KL term.
+        max_resamples: rounds of resampling.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them.
+        optimizer: gets the trainable parameters, never the frozen base model.
+        scheduler: of the learning rate, stepped once per optimizer step; None keeps it constant.
+        seed: of the new adapter and of all sampling.
+
+    Raises:
+        ValueError: for a setting out of range, an unknown name, or weights that do not pair up with the rewards.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        policy: PolicySettings,  # not `| Policy`: the command line could then not show the settings one by one
+        num_generations: int = 8,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int | None = None,
+        rewards: list[str] = ["format", "numeric_answer"],  # noqa: B006  # never written to
+        reward_weights: list[float] | None = None,
+        advantage: AdvantageKind = "mean_std",
+        loss_type: LossType = "grpo",
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        kl_coefficient: float = 0.0,
+        updates_per_rollout: int = 1,
+        max_batch_tokens: int | None = None,
+        sample_batch_size: int | None = None,
+        zero_advantage: ZeroAdvantage = "keep",
+        max_resamples: int = 2,
+        max_grad_norm: float | None = 1.0,
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # a checkpoint lacks the frozen base; `on_load_checkpoint` asks for the rest
+        self.save_hyperparameters(ignore=["policy", "optimizer", "scheduler"])
+        _check(updates_per_rollout, max_batch_tokens, max_grad_norm, seed)
+        group_advantages(torch.zeros(2), 2, advantage)  # refuses an unknown kind before anything is loaded
+        reward = RewardSum(rewards, reward_weights)
+        self.sampler = GroupSampler(
+            reward,
+            num_generations,
+            max_new_tokens,
+            temperature,
+            top_p,
+            top_k,
+            sample_batch_size,
+            zero_advantage,
+            max_resamples,
+        )
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.advantage = advantage
+        self.loss = LossSettings(loss_type, clip_low, clip_high, kl_coefficient, max_completion_length=max_new_tokens)
+        self.updates_per_rollout = updates_per_rollout
+        self.max_batch_tokens = max_batch_tokens
+        self.max_grad_norm = max_grad_norm
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.seed = seed
+        self.rollouts_done = 0
+        self.metrics = nn.ModuleDict(
+            {name: MeanMetric() for name in (*METRICS, *(f"reward_{name}" for name in reward.rewards))}
+        )
+        self._restored: Mapping[str, Tensor] = {}
+        self._policy_settings = policy
+        if isinstance(policy, Policy):
+            self.model, self.tokenizer = policy
+
+    # ------------------------------------------------------------------------------------------------ setting up
+
+    def setup(self, stage: str) -> None:
+        """Refuse what the loop cannot do."""
+        if self.trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"expected one process, got {self.trainer.world_size}: GRPOModule trains on one device; set "
+                "Trainer(devices=1)"
+            )
+
+    def configure_model(self) -> None:
+        """Load the policy, once."""
+        if not hasattr(self, "model"):
+            with isolated_rng(self.seed):  # a new adapter is drawn at random
+                self.model, self.tokenizer = load_policy_from(self._policy_settings)
+        if self.loss.kl_coefficient > 0:
+            with reference_policy(self.model):
+                pass  # a policy without a reference is refused now, not after the first rollout
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the trainable parameters, which are held in float32 whatever the Trainer's precision."""
+        for name, parameter in trainable_parameters(self.model).items():
+            if parameter.dtype in (torch.bfloat16, torch.float16):  # half-precision weights swallow small updates
+                parameter.data = parameter.data.float()
+                if f"model.{name}" in self._restored:  # rounded on its way here
+                    parameter.data.copy_(self._restored[f"model.{name}"])
+        self._restored = {}
+        optimizer = self.optimizer(trainable_parameters(self.model).values())
+        if self.scheduler is None:
+            return optimizer
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise MisconfigurationException(
+                "expected a scheduler that steps without a metric, got ReduceLROnPlateau: use CosineAnnealingLR, say"
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def on_train_start(self) -> None:
+        """Dropout, if there is any, is active in the loss; sampling switches it off for itself."""
+        self.model.train()
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One rollout and the optimizer steps on it."""
+        seed = np.random.SeedSequence([self.seed, self.rollouts_done]).generate_state(1, np.uint64)
+        with isolated_rng(int(seed[0])):
+            training_batch = self._collect(batch)
+            if training_batch is not None:
+                old_logp = None
+                for _ in range(self.updates_per_rollout):
+                    logp = self._update(training_batch, old_logp)
+                    old_logp = logp if old_logp is None else old_logp
+        self.rollouts_done += 1
+        self._log_metrics()
+
+    def _collect(self, batch: PromptBatch) -> TrainingBatch | None:
+        """Answer the prompts, deal with groups that teach nothing, and prepare the loss; None: nothing to learn."""
+        groups = self.sampler.draw(self.model, self.tokenizer, batch)
+        self._log_draw(groups)
+        groups = self.sampler.informative(self.model, self.tokenizer, batch, groups)
+        # Without advantages a step would be momentum and weight decay alone.
+        if not len(groups) or (self.loss.kl_coefficient == 0 and groups.zero_advantage.all()):
+            return None
+        rollout = groups.rollout
+        advantages = group_advantages(groups.rewards, groups.size, self.advantage)
+        weights = token_weights(rollout.completion_mask, self.loss.loss_type, self.max_new_tokens, dtype=torch.float32)
+        return TrainingBatch(rollout, advantages, weights, self._reference_logp(rollout))
+
+    @torch.no_grad()
+    def _reference_logp(self, rollout: Rollout) -> Tensor | None:
+        if self.loss.kl_coefficient == 0:
+            return None
+
+        def score(part: Rollout) -> tuple[Tensor]:
+            return (policy_stats(self.model, part, temperature=self.temperature).logp[part.completion_mask],)
+
+        with reference_policy(self.model), evaluation_mode(self.model):
+            [logp] = over_micro_batches(self.model, rollout, score, outputs=1, max_batch_tokens=self.max_batch_tokens)
+        return logp.float()
+
+    def _update(self, batch: TrainingBatch, old_logp: Tensor | None) -> Tensor:
+        """Take one optimizer step.
+
+        Args:
+            batch: what to learn.
+            old_logp: log-probs at the sampling θ in nats, ``[N, T]``; None: θ is the sampling θ.
+
+        Returns:
+            Log-probs at the θ before the step, ``[N, T]``.
+        """
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        optimizer.zero_grad()
+        logp = torch.zeros_like(batch.weights)
+        for rows in micro_batches(batch.rollout, self.max_batch_tokens or default_batch_tokens(self.model)):
+            part = compact(batch.rollout, rows)
+            width = part.completion_ids.shape[1]
+            stats = policy_stats(self.model, part, temperature=self.temperature)
+            logp[rows, :width] = stats.logp.detach()
+            result = policy_loss(
+                stats.logp,
+                stats.logp.detach() if old_logp is None else old_logp[rows, :width],
+                batch.advantages[rows],
+                batch.weights[rows, :width],
+                self.loss,
+                None if batch.ref_logp is None else batch.ref_logp[rows, :width],
+            )
+            with self._outside_autocast():
+                self.manual_backward(result.loss)
+            tokens = result.num_tokens
+            if old_logp is None:
+                self._record("entropy", stats.entropy.sum() / tokens, tokens)
+            if batch.ref_logp is not None:
+                self._record("kl", result.kl_sum / tokens, tokens)
+            self._record("clip_fraction", (result.clipped_low + result.clipped_high) / tokens, tokens)
+        self._record("lr", max(float(group["lr"]) for group in optimizer.param_groups))
+        with self._outside_autocast():
+            optimizer.step()
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, LRScheduler):
+            scheduler.step()
+        return logp
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the gradients: here they are complete and, under 16-mixed, no longer scaled."""
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(trainable_parameters(self.model).values(), limit)
+        if norm.isfinite():  # under 16-mixed an overflow skips the step
+            self._record("grad_norm", norm)
+
+    @contextmanager
+    def _outside_autocast(self) -> Iterator[None]:
+        """As backward and the optimizer step are under automatic optimization, for them and for hooks on the step."""
+        default = torch.get_default_dtype()  # bfloat16 under bf16-true
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            torch.set_default_dtype(default)
+
+    # ---------------------------------------------------------------------------------------------------- logging
+
+    def _log_draw(self, groups: Groups) -> None:
+        """Log what the rollout is like; before the first step, so that hooks on the step find it."""
+        for name, values in groups.reward_parts.items():
+            self._record(f"reward_{name}", values)
+        self._record("reward", groups.rewards)
+        self._record("completion_length", groups.rollout.completion_lengths)
+        self._record("truncated_fraction", groups.truncated)
+        self._record("zero_advantage_fraction", groups.zero_advantage)
+        self._log_metrics()
+
+    def _record(self, name: str, value: Tensor | float, weight: Tensor | float = 1.0) -> None:
+        cast(MeanMetric, self.metrics[name]).update(value, weight)
+
+    def _log_metrics(self) -> None:
+        """Log every metric that has seen something, and start it afresh."""
+        for name, metric in self.metrics.items():
+            assert isinstance(metric, MeanMetric)
+            if metric.update_called:
+                self.log(f"train/{name}", metric.compute(), on_step=True, on_epoch=False, prog_bar=name == "reward")
+                metric.reset()
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the trainable parameters only: the frozen base is where it was loaded from."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {key: state[key] for key in self._trainable_keys()}
+        checkpoint["rollouts_done"] = self.rollouts_done
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that every trainable parameter is there.
+
+        Raises:
+            ValueError: if the checkpoint is of another policy, or of other LoRA settings.
+        """
+        self.configure_model()  # `load_from_checkpoint` comes here first
+        saved, wanted = set(checkpoint["state_dict"]), set(self._trainable_keys())
+        if saved != wanted:
+            raise ValueError(
+                f"expected a checkpoint with the policy's {len(wanted)} trainable parameters, got one that lacks "
+                f"{len(wanted - saved)} of them and has {len(saved - wanted)} others, e.g. {min(saved ^ wanted)}: "
+                "resume with the policy and LoRA settings it was saved with"
+            )
+        self._restored = checkpoint["state_dict"]
+        self.rollouts_done = checkpoint["rollouts_done"]
+
+    def _trainable_keys(self) -> list[str]:
+        return [f"model.{name}" for name in trainable_parameters(self.model)]
+
+
+def _check(updates_per_rollout: int, max_batch_tokens: int | None, max_grad_norm: float | None, seed: int) -> None:
+    if updates_per_rollout < 1:
+        raise ValueError(f"expected updates_per_rollout of at least 1, got {updates_per_rollout}")
+    if max_batch_tokens is not None and max_batch_tokens < 1:
+        raise ValueError(f"expected max_batch_tokens of at least 1, or None for the default, got {max_batch_tokens}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"expected max_grad_norm above 0, or None for no clipping, got {max_grad_norm}")
+    if seed < 0:
+        raise ValueError(f"expected a seed of at least 0, got {seed}")

@@ -1,0 +1,181 @@
+"""The GRPO family of losses, as pure functions of arrays.
+
+Notation: N completions, T positions, m_ik the completion mask, T_i = Σ_k m_ik, ρ_ik = π(t_ik)/π_old(t_ik). The loss is
+
+    L = Σ_ik w_ik ℓ_ik,    ℓ_ik = −min(ρ_ik A_i, clip(ρ_ik, 1 − low, 1 + high) A_i) + β k3_ik
+                           k3_ik = π_ref/π − log(π_ref/π) − 1    (at t_ik; unbiased for KL(π ‖ π_ref), arXiv 2402.03300)
+
+and the loss types differ in the weights w_ik alone. The weights are computed once, over the whole batch of an optimizer
+step; the loss is a sum over rows, so that micro-batches of rows add up to it exactly, whatever their sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the loss is.
+
+    Args:
+        loss_type: how tokens are weighted, see `token_weights`.
+        clip_low: the ratio π/π_old is clipped at 1 − clip_low from below (0 to 1).
+        clip_high: the ratio is clipped at 1 + clip_high from above; larger than clip_low is DAPO's "clip higher".
+        kl_coefficient: β, weight of the KL divergence to the reference policy; 0 needs no reference.
+        max_completion_length: T_max, the constant that ``dr_grpo`` divides by, in tokens; other types ignore it.
+
+    Raises:
+        ValueError: for an unknown loss type, a setting out of range, or ``dr_grpo`` without its constant.
+    """
+
+    loss_type: LossType = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coefficient: float = 0.0
+    max_completion_length: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_loss_type(self.loss_type, self.max_completion_length)
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"expected clip_low between 0 and 1, got {self.clip_low}")
+        for name in ("clip_high", "kl_coefficient"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"expected {name} to be finite and not negative, got {value}")
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyLoss:
+    """Loss of some rows, and sums from which metrics over all rows follow: add them up, then divide by ``num_tokens``.
+
+    Args:
+        loss: scalar, to be differentiated; the rows' part of the whole loss.
+        num_tokens: tokens in these rows.
+        clipped_low: tokens whose ratio lies below 1 − clip_low with A < 0, so that they have no policy gradient.
+        clipped_high: tokens whose ratio lies above 1 + clip_high with A > 0, likewise.
+        kl_sum: Σ k3 in nats; zero without a reference.
+    """
+
+    loss: Tensor
+    num_tokens: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    kl_sum: Tensor
+
+
+def token_weights(
+    mask: Tensor,
+    loss_type: LossType,
+    max_completion_length: int | None = None,
+    *,
+    num_tokens: int | None = None,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Weight of each token in the loss of one optimizer step.
+
+    ::
+
+        grpo      m_ik / (N T_i)                every completion counts the same
+        bnpo      m_ik / Σ m                    every token of this process's batch counts the same
+        dapo      m_ik world_size / Σ_all m     likewise over all processes (which average their gradients)
+        dr_grpo   m_ik / (N T_max)              a constant: length earns nothing
+
+    N counts all rows of ``mask``, completions without a token included.
+
+    Args:
+        mask: ``[N, T]``, True at completion tokens, over the whole batch of the step on this process.
+        loss_type: as above.
+        max_completion_length: T_max in tokens, for ``dr_grpo``.
+        num_tokens: Σ_all m, tokens of the step's batch over all processes, for ``dapo``; None: those of ``mask``.
+        world_size: number of processes that ``num_tokens`` counts and that average their gradients, for ``dapo``.
+        dtype: of the weights.
+
+    Returns:
+        ``[N, T]``, zero where the mask is False.
+
+    Raises:
+        ValueError: for an unknown loss type, ``dr_grpo`` without T_max, or a mask that is not two-dimensional.
+    """
+    _check_loss_type(loss_type, max_completion_length)
+    if mask.ndim != 2:
+        raise ValueError(f"expected a mask [N, T], got shape {list(mask.shape)}")
+    counted = mask.to(dtype)
+    if loss_type == "grpo":
+        return counted / (len(mask) * counted.sum(1, keepdim=True).clamp(min=1))
+    if loss_type == "dr_grpo":
+        assert max_completion_length is not None
+        return counted / (len(mask) * max_completion_length)
+    if loss_type == "dapo" and num_tokens is not None:
+        return counted * (world_size / max(num_tokens, 1))
+    return counted / counted.sum().clamp(min=1)
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    settings: LossSettings,
+    ref_logp: Tensor | None = None,
+) -> PolicyLoss:
+    """Clipped policy-gradient loss of some rows of the step's batch.
+
+    Args:
+        logp: log π(t_ik) in nats, ``[n, T]``, with a graph.
+        old_logp: the same under the policy that sampled, ``[n, T]``.
+        advantages: ``[n]``.
+        weights: these rows of `token_weights`, ``[n, T]``; tokens of weight zero are left out, whatever they hold.
+        settings: clip range and KL coefficient.
+        ref_logp: the same under the reference policy, ``[n, T]``; with ``kl_coefficient=0`` it serves the metric only.
+
+    Returns:
+        The rows' part of the loss, and detached sums for metrics.
+
+    Raises:
+        ValueError: if shapes disagree, or a KL coefficient comes without ``ref_logp``.
+    """
+    shapes = [list(x.shape) for x in (logp, old_logp, weights, *([] if ref_logp is None else [ref_logp]))]
+    if logp.ndim != 2 or any(shape != shapes[0] for shape in shapes) or list(advantages.shape) != shapes[0][:1]:
+        raise ValueError(
+            "expected logp, old_logp, weights (and ref_logp) of one shape [n, T] and advantages [n], "
+            f"got {shapes} and {list(advantages.shape)}"
+        )
+    if settings.kl_coefficient > 0 and ref_logp is None:
+        raise ValueError(f"expected ref_logp with kl_coefficient={settings.kl_coefficient}, got None")
+    mask = weights > 0
+    low, high = 1 - settings.clip_low, 1 + settings.clip_high
+    advantage = advantages[:, None]
+    ratio = torch.where(mask, logp - old_logp.detach(), 0.0).exp()
+    token_loss = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    kl = torch.zeros_like(logp)
+    if ref_logp is not None:
+        log_ratio = torch.where(mask, ref_logp.detach() - logp, 0.0)
+        kl = log_ratio.exp() - log_ratio - 1
+    # with β = 0 the KL must not reach the graph: an infinite k3 would turn 0 · ∞ into NaN
+    if settings.kl_coefficient > 0:
+        token_loss = token_loss + settings.kl_coefficient * kl
+    return PolicyLoss(
+        loss=(weights * token_loss).sum(),
+        num_tokens=mask.sum(),
+        clipped_low=(mask & (ratio < low) & (advantage < 0)).sum(),
+        clipped_high=(mask & (ratio > high) & (advantage > 0)).sum(),
+        kl_sum=kl.detach().sum(),
+    )
+
+
+def _check_loss_type(loss_type: str, max_completion_length: int | None) -> None:
+    if loss_type not in get_args(LossType):
+        raise ValueError(f"expected a loss type out of {list(get_args(LossType))}, got {loss_type!r}")
+    if loss_type == "dr_grpo" and (max_completion_length is None or max_completion_length < 1):
+        raise ValueError(
+            f"expected max_completion_length of at least 1 for loss type 'dr_grpo', got {max_completion_length}"
+        )

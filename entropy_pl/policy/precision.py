@@ -1,0 +1,131 @@
+"""How a probe computes: outside autocast, in float32 at the least, or in float64 all the way through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model as a probe uses it: eval mode, no autocast, no TF32, every floating tensor float32 or better.
+
+    Modes, tensors and settings are put back to the bit on leaving. Quantized layers keep their weights and compute in
+    float32. Entering it again inside costs nothing but a walk over the modules.
+    """
+    with evaluation_mode(model), _without_autocast(model), _strict_matmul(), _at_least(model, torch.float32):
+        yield
+
+
+@contextmanager
+def float64_evaluation(model: nn.Module) -> Iterator[None]:
+    """Every float operation of a stock Hugging Face model really runs in float64.
+
+    ``model.double()`` is not enough: RMSNorm, rotary tables and softmax cast to float32 inside. Here those casts
+    become casts to float64, and the parameters and buffers are float64 while the context lasts (the old tensors are
+    back after it, to the bit).
+
+    Raises:
+        ValueError: if the model has 4-bit or 8-bit layers, which have no float64 arithmetic.
+    """
+    quantized = quantized_layers(model)
+    if quantized:
+        raise ValueError(
+            f"expected a policy without quantized layers for float64, got {quantized[0]} ({len(quantized)} in all): "
+            "load it unquantized, or probe in float32"
+        )
+    with evaluation_mode(model), _without_autocast(model), _at_least(model, torch.float64), _Float32BecomesFloat64():
+        yield
+
+
+def quantized_layers(model: nn.Module) -> list[str]:
+    """Names of the layers whose weights are quantized (bitsandbytes), recognised without importing the library."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(type(p).__module__.startswith("bitsandbytes") for p in module.parameters(recurse=False))
+    ]
+
+
+class _Float32BecomesFloat64(TorchFunctionMode):
+    """Turns every request for float32 (a cast or a ``dtype=``) into one for float64."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the block; afterwards every module has its own ``training`` flag back.
+
+    ``model.train()`` would not do: parts that were held in eval mode on purpose would start to train.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    kinds = {"cpu"} | {parameter.device.type for parameter in model.parameters()}
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def _strict_matmul() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _at_least(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Hold every floating parameter and buffer narrower than ``dtype`` in ``dtype``."""
+    kept = [
+        (tensor, tensor.data) for tensor in _tensors(model) if torch.promote_types(tensor.dtype, dtype) != tensor.dtype
+    ]
+    compute = [
+        (module, module.compute_dtype)
+        for module in model.modules()
+        if isinstance(getattr(module, "compute_dtype", None), torch.dtype) and module.compute_dtype != dtype
+    ]
+    try:
+        for tensor, data in kept:
+            tensor.data = data.to(dtype)
+        for module, _ in compute:
+            module.compute_dtype = dtype  # a 4-bit layer dequantizes into this
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
+        for module, before in compute:
+            module.compute_dtype = before
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    plain = [p for p in model.parameters() if not type(p).__module__.startswith("bitsandbytes")]
+    return [tensor for tensor in [*plain, *model.buffers()] if tensor.is_floating_point()]

@@ -1,0 +1,261 @@
+"""Sample completions from a policy, exactly from the distribution that the scorer will assume.
+
+That distribution is ``softmax(logits / temperature)``, unless ``top_p`` or ``top_k`` is asked for. Checkpoints carry
+sampling habits of their own (Qwen2.5's ``generation_config.json`` brings ``top_k=20`` and a repetition penalty), which
+``generate`` merges into whatever it is given: they are set aside here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from entropy_pl.policy.precision import evaluation_mode
+from entropy_pl.rollout import Rollout
+
+MAX_ROWS = 256
+"""Rows sampled at once when ``batch_size`` is not given."""
+
+
+@torch.no_grad()
+def sample_completions(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    *,
+    num_completions: int = 1,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    batch_size: int | None = None,
+) -> Rollout:
+    """Draw completions with a KV cache; the model and its settings are left as they were, also after an error.
+
+    Random numbers come from the global torch RNG: wrap the call in ``isolated_rng`` to seed or to isolate it. Which
+    numbers a row gets depends on ``batch_size``. A completion ends with the first of the model's or the tokenizer's EOS
+    tokens, which its mask counts, or after ``max_new_tokens``.
+
+    Args:
+        model: the policy, its adapter on or off as it is; sampled in eval mode.
+        tokenizer: of the policy; a BOS token is added where the tokenizer adds one and the text does not have it.
+        prompts: texts, in the order wanted. Internally they are batched by length, the longest first.
+        num_completions: G, completions per prompt.
+        max_new_tokens: largest number of tokens T in a completion.
+        temperature: divides the logits.
+        top_p: keeps the smallest set of tokens whose probability reaches this; 1 keeps all.
+        top_k: keeps the k likeliest tokens; None keeps all, 1 decodes greedily.
+        batch_size: rows sampled at once; None takes up to 256.
+
+    Returns:
+        ``len(prompts) * G`` rows on the model's device, prompt-major: row ``p * G + g`` is completion g of prompt p.
+        Columns that no row uses are trimmed.
+
+    Raises:
+        ValueError: if an argument is out of range, a prompt has no token, or prompt and completion do not fit the
+            model's context.
+        FloatingPointError: if the model's logits are not finite.
+    """
+    _check_arguments(prompts, num_completions, max_new_tokens, temperature, top_p, top_k, batch_size)
+    generator = _generating_model(model)
+    prompt_tokens = _tokenize(tokenizer, prompts)
+    _check_tokens(generator, prompt_tokens)
+    _check_context(generator, prompt_tokens, max_new_tokens)
+
+    ends = end_token_ids(model, tokenizer)
+    pad = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=float(temperature),
+        top_p=float(top_p),
+        top_k=top_k or 0,  # 0 is off; None would mean Transformers' own default of 50
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    rows = [tokens for tokens in prompt_tokens for _ in range(num_completions)]
+    by_length = sorted(
+        range(len(rows)), key=lambda row: -len(rows[row])
+    )  # the longest first: memory runs out at once or not
+    size = batch_size or MAX_ROWS
+    prompt_width = len(rows[by_length[0]])
+    device = generator.device
+    generate = cast("Callable[..., Tensor]", generator.generate)
+    prompt_ids = torch.full((len(rows), prompt_width), pad, dtype=torch.long, device=device)
+    prompt_mask = torch.zeros_like(prompt_ids, dtype=torch.bool)
+    completion_ids = torch.full((len(rows), max_new_tokens), pad, dtype=torch.long, device=device)
+
+    with evaluation_mode(model), _neutral_generation_config(generator):
+        for start in range(0, len(rows), size):
+            index = by_length[start : start + size]
+            ids, mask = _left_pad([rows[row] for row in index], pad, device)
+            finite = _FiniteLogits(device)
+            generated: Tensor = generate(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([finite]),
+            )
+            if not finite.all_finite:
+                raise FloatingPointError(
+                    f"expected finite logits while sampling {len(index)} completions, got NaN or infinity: "
+                    "the policy's weights or activations have overflowed"
+                )
+            new = generated[:, ids.shape[1] :]
+            prompt_ids[index, prompt_width - ids.shape[1] :] = ids
+            prompt_mask[index, prompt_width - ids.shape[1] :] = mask
+            completion_ids[index, : new.shape[1]] = new
+
+    completion_mask = _up_to_first_end(completion_ids, ends)
+    width = int(completion_mask.any(0).sum())
+    completion_ids = completion_ids.masked_fill(~completion_mask, pad)
+    return Rollout(prompt_ids, prompt_mask, completion_ids[:, :width], completion_mask[:, :width])
+
+
+def decode_completions(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
+    """The completions as text, ``[N]`` strings: masked positions and special tokens left out."""
+    return [
+        str(tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        for ids, mask in zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)
+    ]
+
+
+def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion, sorted: the model's (there may be several) and the tokenizer's own."""
+    generation_config = getattr(_generating_model(model), "generation_config", None)
+    configured = getattr(generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])}
+    return sorted(int(token) for token in ends - {None})
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Notes rows whose distribution is undefined and makes them harmless until the batch is done.
+
+    On CUDA, ``multinomial`` of such a row would trip a device-side assertion, which ends the process's use of the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._bad = torch.zeros((), dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # The largest logit is NaN if any is, +inf if any is, and -inf only if all are.
+        bad = ~scores.amax(-1, keepdim=True).isfinite()
+        self._bad |= bad.any()
+        return scores.masked_fill(bad, 0.0)
+
+    @property
+    def all_finite(self) -> bool:
+        return not bool(self._bad)
+
+
+@contextmanager
+def _neutral_generation_config(generator: PreTrainedModel) -> Iterator[None]:
+    """Set aside the checkpoint's sampling habits, which ``generate`` merges into every field left at None."""
+    own = generator.generation_config
+    generator.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        generator.generation_config = own
+
+
+def _generating_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The Hugging Face model whose ``generate`` samples the policy: LoRA layers live inside it."""
+    if not isinstance(model, PeftModel):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError("expected a LoRA adapter, got one that learns prompts: completions would be drawn without it")
+    base: PreTrainedModel = model.get_base_model()
+    return base
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
+    encoded: list[list[int]] = tokenizer(prompts, return_attention_mask=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    # A chat template writes BOS into the text and the tokenizer then adds another.
+    encoded = [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
+    for index, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(
+                f"expected at least one token in every prompt, got none from prompt {index}, {prompts[index]!r}: "
+                "leave it out or give it text the tokenizer knows"
+            )
+    return encoded
+
+
+def _left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask ``[B, P]`` of rows padded on the left to the longest."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+def _up_to_first_end(ids: Tensor, ends: list[int]) -> Tensor:
+    """``[N, T]`` bool: True up to and including the first end token. Never by pad id: it may be EOS, or be sampled."""
+    is_end = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device))
+    return is_end.cumsum(1) - is_end.long() == 0
+
+
+def _check_arguments(
+    prompts: list[str],
+    num_completions: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    batch_size: int | None,
+) -> None:
+    if isinstance(prompts, str):
+        raise ValueError("expected a list of prompts, got one string: put it in a list")
+    if not prompts:
+        raise ValueError("expected at least one prompt to sample from, got an empty list")
+    counts = {
+        "num_completions": num_completions,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "top_k": top_k,
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"expected {name} of at least 1, got {value}")
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"expected a temperature above 0, got {temperature} (for greedy decoding use top_k=1)")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"expected top_p in (0, 1], got {top_p}")
+
+
+def _check_tokens(generator: PreTrainedModel, prompt_tokens: list[list[int]]) -> None:
+    """An id without an embedding would end in an index error, on CUDA in a device-side assertion."""
+    embeddings = len(cast("nn.Embedding", generator.get_input_embeddings()).weight)
+    for index, ids in enumerate(prompt_tokens):
+        if max(ids) >= embeddings:
+            raise ValueError(
+                f"expected token ids below {embeddings}, as many as the model embeds, got {max(ids)} in "
+                f"prompt {index}: the tokenizer and the model do not belong together"
+            )
+
+
+def _check_context(generator: PreTrainedModel, prompt_tokens: list[list[int]], max_new_tokens: int) -> None:
+    limit = getattr(generator.config.get_text_config(), "max_position_embeddings", None)
+    index = max(range(len(prompt_tokens)), key=lambda i: len(prompt_tokens[i]))
+    length = len(prompt_tokens[index])
+    if limit is not None and length + max_new_tokens > limit:
+        raise ValueError(
+            f"expected prompt and completion to fit the model's context of {limit} tokens, got {length} prompt tokens "
+            f"+ {max_new_tokens} new tokens = {length + max_new_tokens} for prompt {index}: "
+            "shorten the prompt or lower max_new_tokens"
+        )

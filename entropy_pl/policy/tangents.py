@@ -1,0 +1,238 @@
+"""Derivatives of log-probs and entropies along an update: what first and second order are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from entropy_pl.policy.precision import evaluation, quantized_layers
+from entropy_pl.policy.score import completion_logits, logits_to_stats, model_device, over_micro_batches, token_stats
+from entropy_pl.rollout import Rollout, TokenStats
+from entropy_pl.updates.vector import UpdateVector
+
+Method = Literal["auto", "forward_mode", "central_difference"]
+
+# Largest |Σ_k r_ik| to aim for. It balances the h² of the difference against the rounding of a sequence's log-prob:
+# 1e-5 nats in float32, 1e-13 in float64.
+TARGET_LOG_RATIO = {torch.float32: 0.05, torch.float64: 1e-3}
+PILOT_SEQUENCES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Tangents:
+    """Statistics at θ and their derivatives per unit η along an update.
+
+    Args:
+        base: at θ, ``[N, T]``.
+        first: (ṡ, ḣ), ``[N, T]``.
+        second: (s̈, ḧ), ``[N, T]``; None from forward mode.
+        method: what made them, ``forward_mode`` or ``central_difference``.
+        step: h of the central difference, in η.
+    """
+
+    base: TokenStats
+    first: TokenStats
+    second: TokenStats | None
+    method: str
+    step: float | None = None
+
+
+def token_stats_jvp(
+    model: nn.Module,
+    rollout: Rollout,
+    update: UpdateVector,
+    *,
+    temperature: float = 1.0,
+    method: Method = "auto",
+    entropy_dtype: torch.dtype = torch.float64,
+    max_batch_tokens: int | None = None,
+) -> tuple[TokenStats, TokenStats]:
+    """Statistics at θ and their derivatives along v, per unit η.
+
+    Args:
+        model: a causal language model.
+        rollout: ``[N, T]``.
+        update: v.
+        temperature: of the sampling distribution.
+        method: ``forward_mode`` is exact, but meets no quantized layer and needs unfused attention;
+            ``central_difference`` is two plain passes; ``auto`` takes forward mode in float64, differences otherwise.
+        entropy_dtype: dtype of softmax, log-prob and entropy.
+        max_batch_tokens: padded tokens per micro-batch.
+
+    Returns:
+        (TokenStats at θ, TokenStats of derivatives), ``[N, T]``, nats and nats per unit η.
+
+    Raises:
+        ValueError: for an unknown method, or forward mode through quantized layers.
+        NonFiniteError: if a logit is NaN or +inf.
+    """
+    result = tangents(
+        model,
+        rollout,
+        update,
+        temperature=temperature,
+        method=method,
+        entropy_dtype=entropy_dtype,
+        max_batch_tokens=max_batch_tokens,
+    )
+    return result.base, result.first
+
+
+def tangents(
+    model: nn.Module,
+    rollout: Rollout,
+    update: UpdateVector,
+    *,
+    temperature: float = 1.0,
+    method: Method = "auto",
+    base: TokenStats | None = None,
+    entropy_dtype: torch.dtype = torch.float64,
+    max_batch_tokens: int | None = None,
+    on_pass: Callable[[str], None] = lambda phase: None,
+) -> Tangents:
+    """As :func:`token_stats_jvp`, with second derivatives where they come for nothing, and with what made them.
+
+    Args:
+        model: a causal language model.
+        rollout: ``[N, T]``.
+        update: v.
+        temperature: of the sampling distribution.
+        method: see :func:`token_stats_jvp`.
+        base: statistics at θ, if they are already at hand.
+        entropy_dtype: dtype of softmax, log-prob and entropy.
+        max_batch_tokens: padded tokens per micro-batch.
+        on_pass: called with ``"tangents"`` after every pass over the rollout.
+
+    Raises:
+        ValueError: as :func:`token_stats_jvp`.
+        NonFiniteError: as :func:`token_stats_jvp`.
+    """
+    with evaluation(model), torch.no_grad():
+        chosen = resolve_method(model, method)
+        if chosen == "forward_mode":
+            result = _forward_mode(model, rollout, update, temperature, entropy_dtype, max_batch_tokens)
+            on_pass("tangents")
+            return result
+
+        def stats(eta: float, rows: Tensor | None = None) -> TokenStats:
+            scored = token_stats(
+                model,
+                rollout if rows is None else rollout.select(rows),
+                update=update,
+                eta=eta,
+                temperature=temperature,
+                entropy_dtype=entropy_dtype,
+                max_batch_tokens=max_batch_tokens,
+            )
+            if rows is None:
+                on_pass("tangents")
+            return scored
+
+        rollout = rollout.to(model_device(model))
+        base = stats(0.0) if base is None else base
+        if update.norm() == 0:
+            zero = TokenStats(torch.zeros_like(base.logp), torch.zeros_like(base.entropy), base.mask)
+            return Tangents(base, zero, zero, "central_difference", 0.0)
+        step = _difference_step(stats, rollout, base, update, TARGET_LOG_RATIO[_compute_dtype(model)])
+        return _central_difference(base, stats(step), stats(-step), step)
+
+
+def resolve_method(model: nn.Module, method: Method) -> str:
+    """The method that ``auto`` means for this model, or the one asked for if it can be had.
+
+    Raises:
+        ValueError: for an unknown method, or forward mode through quantized layers.
+    """
+    if method not in ("auto", "forward_mode", "central_difference"):
+        raise ValueError(f"expected method 'auto', 'forward_mode' or 'central_difference', got {method!r}")
+    quantized = quantized_layers(model)
+    if method == "forward_mode" and quantized:
+        raise ValueError(
+            f"expected a policy without quantized layers for forward mode, got {quantized[0]} ({len(quantized)} in "
+            "all): use method='central_difference'"
+        )
+    if method == "auto":
+        return "forward_mode" if _compute_dtype(model) is torch.float64 and not quantized else "central_difference"
+    return method
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return torch.float64 if dtypes == {torch.float64} else torch.float32
+
+
+def _forward_mode(
+    model: nn.Module,
+    rollout: Rollout,
+    update: UpdateVector,
+    temperature: float,
+    dtype: torch.dtype,
+    max_batch_tokens: int | None,
+) -> Tangents:
+    parameters = dict(model.named_parameters())
+    primal = {name: parameters[name].detach() for name in update.direction}
+    tangent = {name: v.to(primal[name]) for name, v in update.direction.items()}
+
+    def score(part: Rollout) -> tuple[Tensor, ...]:
+        def at(theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            caller = _LogitsOf(model, part)
+            logits = functional_call(caller, {f"model.{name}": value for name, value in theta.items()}, ())
+            return logits_to_stats(logits, part.completion_ids[part.completion_mask], temperature, dtype)
+
+        (logp, entropy), (logp_dot, entropy_dot) = jvp(at, (primal,), (tangent,))
+        return logp, entropy, logp_dot, entropy_dot
+
+    # The fused attention kernels have no forward-mode derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        s, h, s1, h1 = over_micro_batches(model, rollout, score, outputs=4, max_batch_tokens=max_batch_tokens)
+    mask = rollout.completion_mask.to(s.device)
+    return Tangents(TokenStats(s, h, mask), TokenStats(s1, h1, mask), None, "forward_mode")
+
+
+class _LogitsOf(nn.Module):
+    """`completion_logits` as a module, which `functional_call` can give other parameters."""
+
+    def __init__(self, model: nn.Module, rollout: Rollout) -> None:
+        super().__init__()
+        self.model = model
+        self._rollout = rollout
+
+    def forward(self) -> Tensor:
+        return completion_logits(self.model, self._rollout)
+
+
+def _difference_step(
+    stats: Callable[[float, Tensor], TokenStats],
+    rollout: Rollout,
+    base: TokenStats,
+    update: UpdateVector,
+    target: float,
+) -> float:
+    """h at which the largest |Σ_k r_ik| is about the target, tried out on the longest few sequences."""
+    pilot = rollout.completion_lengths.argsort(descending=True)[:PILOT_SEQUENCES]
+    at_theta = base.select(pilot).logp
+    step = update.lr or 1 / update.norm()
+    for _ in range(8):
+        largest = float((stats(step, pilot).logp - at_theta).sum(1).abs().max())
+        # Far from the target the response need not be linear, or may drown in rounding: move by a bounded factor.
+        factor = min(max(target / max(largest, 1e-300), 1e-4), 1e4)
+        step *= factor
+        if 0.25 < factor < 4:
+            break
+    return step
+
+
+def _central_difference(base: TokenStats, plus: TokenStats, minus: TokenStats, step: float) -> Tangents:
+    first = TokenStats((plus.logp - minus.logp) / (2 * step), (plus.entropy - minus.entropy) / (2 * step), base.mask)
+    second = TokenStats(
+        (plus.logp - 2 * base.logp + minus.logp) / step**2,
+        (plus.entropy - 2 * base.entropy + minus.entropy) / step**2,
+        base.mask,
+    )
+    return Tangents(base, first, second, "central_difference", step)

@@ -1,0 +1,236 @@
+"""The two figures of a run: ΔH beside δH₁ over the optimizer steps, and over step sizes η at one step.
+
+Drawn on matplotlib's `Figure` itself, without pyplot: no global state, no window, no change of backend, and nothing to
+close. Save one with ``figure.savefig(path)``, or hand it to ``SummaryWriter.add_figure``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from entropy_pl.reporting.records import Record, latest_per_step, number, taken_point
+
+WIDTH, DPI = 7.5, 120  # inches, dots per inch: 900 pixels
+# Blue and vermilion of Okabe and Ito's palette, told apart by colour-blind readers; line, marker and fill differ as
+# well, since the two curves mostly lie on top of each other.
+TRUE_STYLE: dict[str, Any] = {"color": "#0072B2", "linestyle": "-", "marker": "o", "markersize": 5.5, "linewidth": 1.6}
+FIRST_STYLE: dict[str, Any] = {
+    "color": "#D55E00",
+    "linestyle": (0, (5, 2)),
+    "marker": "s",
+    "markersize": 8.5,
+    "markerfacecolor": "none",
+    "linewidth": 1.6,
+}
+SECOND_STYLE: dict[str, Any] = {"color": "#007A59", "linestyle": "-.", "linewidth": 1.4}
+GREY = "#666666"
+LEGEND: dict[str, Any] = {"fontsize": 9, "title_fontsize": 8, "frameon": False}
+WIDE = 30.0  # a sweep whose largest η is this many times its smallest is drawn over log η
+
+
+def delta_entropy_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """ΔH and δH₁ of the steps really taken, against the optimizer step, each with its confidence band.
+
+    Steps probed without a result (failed, skipped, no movement) interrupt the curves and are marked by a cross on the
+    horizontal axis. A lower panel shows the reward, if any record has one.
+
+    Args:
+        records: probe records in the order they were written; steps probed twice show their latest record.
+
+    Returns:
+        A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
+    """
+    records = latest_per_step(records)
+    taken = [taken_point(record) or {} for record in records]
+    true, first_order = ([point.get(key) for point in taken] for key in ("true", "first_order"))
+    missing = ~np.isfinite(_column(true, "value") + _column(first_order, "value"))
+    if missing.all():
+        return _empty_figure(f"no probe has measured an entropy change yet ({len(records)} recorded)")
+    steps = np.array([record["step"] for record in records], dtype=float)
+    rewards = _column(records, "reward")
+    with_reward = bool(np.isfinite(rewards).any())
+
+    figure = _figure(height=5.2 if with_reward else 4.0)
+    rows = figure.subplots(
+        2 if with_reward else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + with_reward]
+    )
+    axes: Axes = rows[0, 0]
+    axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
+    _banded_curve(axes, steps, true, TRUE_STYLE, r"true, $\Delta H$", filled=True)
+    _banded_curve(axes, steps, first_order, FIRST_STYLE, r"first order, $\delta H_1$", filled=False)
+    if missing.any():
+        style: dict[str, Any] = {"color": GREY, "transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(steps[missing], np.zeros(missing.sum()), "x", label="probed, no result", **style)
+    axes.set_ylabel(f"entropy change of the step\n[{_units(records)}]")
+    _finish(axes, "y")
+    axes.legend(title=_interval_title(records), **LEGEND)
+    if with_reward:
+        rows[1, 0].plot(steps, rewards, color="#333333", marker=".", linewidth=1.2)
+        rows[1, 0].set_ylabel("mean reward")
+        _finish(rows[1, 0], "y")
+    rows[-1, 0].set_xlabel("optimizer step")
+    rows[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if len(steps) == 1:
+        rows[-1, 0].set_xlim(steps[0] - 1, steps[0] + 1)
+    figure.align_ylabels()
+    return figure
+
+
+def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
+    """ΔH against the step size η along one step's update, beside the straight line δH₁·η.
+
+    The parabola δH₁·η + ½ η² v'∇²Hv is drawn where the record has a second order; η*, where the straight line stops
+    being the truth, where it falls within the sweep. A sweep over decades (largest η at least 30 times the smallest) is
+    drawn as ΔH/η over log η instead, so that no point hides at the origin: there the straight line lies flat.
+
+    Args:
+        record: one probe's record.
+
+    Returns:
+        A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
+    """
+    sweep = [point for point in record.get("sweep") or () if math.isfinite(number(point, "eta"))]
+    step = record.get("step", "?")
+    if record.get("status", "ok") != "ok" or not sweep:
+        reason = ": ".join(str(record[key]) for key in ("status", "message") if record.get(key))
+        return _empty_figure(f"step {step}: no η-sweep to draw ({reason or 'no points'})")
+
+    etas = _column(sweep, "eta")
+    per_eta = bool(etas.min() > 0 and etas.max() >= WIDE * etas.min())
+    figure = _figure(height=4.2)
+    axes: Axes = figure.subplots()
+    axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
+    handles: list[Artist | ErrorbarContainer] = [_measured_changes(axes, etas, sweep, per_eta)]
+    if per_eta:
+        axes.set_xscale("log")
+        grid = np.geomspace(etas.min(), etas.max(), 201)
+    else:
+        grid = np.linspace(min(0.0, etas.min()), max(0.0, etas.max()), 201)
+    handles += _predictions(axes, grid, record, per_eta)
+    title, eta_star = f"optimizer step {step}", number(record, "eta_star")
+    if math.isfinite(eta_star):
+        title += rf",  $\eta^*$ = {_power(eta_star)}"
+    if grid[0] <= eta_star <= grid[-1]:
+        handles.append(axes.axvline(eta_star, color=GREY, linestyle=":", linewidth=1.4, label=r"$\eta^*$"))
+    for eta, point in zip(etas, sweep, strict=True):
+        if point.get("taken"):
+            value = number(point.get("true"), "value") / (eta if per_eta else 1)
+            label = rf"step taken, $\eta$ = {_power(eta)}"
+            handles += axes.plot(
+                eta, value, "o", markersize=13, markerfacecolor="none", markeredgecolor="black", zorder=5, label=label
+            )
+    axes.set_xlabel(r"step size $\eta$ along the update (learning rate)")
+    units = _units([record])
+    axes.set_ylabel(f"entropy change per unit $\\eta$\n[{units}]" if per_eta else f"entropy change\n[{units}]")
+    axes.set_title(title, fontsize=10)
+    _finish(axes, "y" if per_eta else "both")
+    axes.legend(handles=handles, title=_interval_title([record]), **LEGEND)
+    return figure
+
+
+def _measured_changes(
+    axes: Axes, etas: NDArray[np.float64], sweep: Sequence[Record], per_eta: bool
+) -> ErrorbarContainer:
+    """ΔH, or ΔH/η, at every η with its confidence interval."""
+    true = [point.get("true") for point in sweep]
+    scale = etas if per_eta else np.ones_like(etas)
+    values, low, high = (_column(true, key) / scale for key in ("value", "ci_low", "ci_high"))
+    style = {**TRUE_STYLE, "linestyle": "none"}
+    label = r"true, $\Delta H(\eta)\,/\,\eta$" if per_eta else r"true, $\Delta H(\eta)$"
+    margins = np.abs(np.stack([low, high]) - values)
+    return axes.errorbar(etas, values, yerr=margins, capsize=3, elinewidth=1.2, zorder=4, label=label, **style)
+
+
+def _predictions(axes: Axes, grid: NDArray[np.float64], record: Mapping[str, Any], per_eta: bool) -> list[Artist]:
+    """The straight line with its band, and the parabola, over the step sizes ``grid``."""
+    first, curvature = record.get("first_order"), number(record.get("second_order"), "value")
+    slope, low, high = (number(first, key) for key in ("value", "ci_low", "ci_high"))
+    scale = np.ones_like(grid) if per_eta else grid
+    handles: list[Artist] = []
+    if math.isfinite(slope):
+        label = r"first order, $\delta H_1$ per unit $\eta$" if per_eta else r"first order, $\delta H_1\,\eta$"
+        handles += axes.plot(grid, slope * scale, zorder=3, label=label, **{**FIRST_STYLE, "marker": None})
+        colour = FIRST_STYLE["color"]
+        axes.fill_between(grid, low * scale, high * scale, color=colour, alpha=0.15, linewidth=0, zorder=2)
+    if math.isfinite(slope + curvature):
+        parabola = (slope + 0.5 * curvature * grid) * scale
+        handles += axes.plot(grid, parabola, zorder=3, label="second order", **SECOND_STYLE)
+    return handles
+
+
+def _banded_curve(
+    axes: Axes,
+    steps: NDArray[np.float64],
+    estimates: Sequence[Mapping[str, Any] | None],
+    style: Mapping[str, Any],
+    label: str,
+    *,
+    filled: bool,
+) -> None:
+    """A curve with its confidence band: a filled one, or one drawn by its two edges."""
+    values, low, high = (_column(estimates, key) for key in ("value", "ci_low", "ci_high"))
+    every = 1 + len(steps) // 50  # markers of a long run would hide its curve
+    axes.plot(steps, values, label=label, zorder=3 if filled else 4, markevery=every, **style)
+    colour = style["color"]
+    if filled:
+        axes.fill_between(steps, low, high, facecolor=colour, alpha=0.2, linewidth=0, zorder=2)
+    else:
+        for edge in (low, high):
+            axes.plot(steps, edge, color=colour, linewidth=0.9, linestyle=style["linestyle"], zorder=2)
+    # a band has no width where a point has no neighbour: an error bar there
+    present = np.concatenate([[False], np.isfinite(values), [False]])
+    alone = present[1:-1] & ~present[:-2] & ~present[2:]
+    if alone.any():
+        margins = np.abs(np.stack([low, high]) - values)[:, alone]
+        axes.errorbar(steps[alone], values[alone], yerr=margins, fmt="none", ecolor=colour, capsize=3 if filled else 6)
+
+
+def _column(rows: Sequence[Mapping[str, Any] | None], key: str) -> NDArray[np.float64]:
+    return np.array([number(row, key) for row in rows])
+
+
+def _units(records: Sequence[Mapping[str, Any]]) -> str:
+    """``nats per token`` or ``nats per sequence``, where the records agree on it."""
+    found = {str(record["normalize"]) for record in records if record.get("normalize")}
+    return f"nats {found.pop().replace('_', ' ')}" if len(found) == 1 else "nats"
+
+
+def _interval_title(records: Sequence[Mapping[str, Any]]) -> str:
+    found = {record["confidence"] for record in records if record.get("confidence")}
+    return f"{100 * found.pop():g} % confidence intervals" if len(found) == 1 else "confidence intervals"
+
+
+def _power(value: float) -> str:
+    """``2.5e-05`` as mathematical text."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return rf"${mantissa.removesuffix('.0')}\times 10^{{{int(exponent)}}}$"
+
+
+def _finish(axes: Axes, axis: Literal["both", "y"]) -> None:
+    """Powers of ten beside the axes named, and no frame where there is no axis."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.ticklabel_format(axis=axis, style="sci", scilimits=(-2, 3), useMathText=True)
+
+
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _empty_figure(text: str) -> Figure:
+    figure = _figure(height=2.0)
+    text = text.replace("$", r"\$")  # a message's dollars are no mathematics; wrapping ignores `parse_math`
+    figure.text(0.5, 0.5, text, ha="center", va="center", color=GREY, wrap=True)
+    return figure

@@ -1,0 +1,165 @@
+"""Probe records: one JSON line per probe, written so that a killed run loses nothing it had measured.
+
+A *record* is a JSON-able dict. Every probe's record has ``schema``, ``kind`` (``"probe"``), ``status`` (``"ok"``,
+``"no_movement"``, ``"skipped"`` or ``"failed"``), ``message``, ``step`` (the optimizer step, from 0) and ``lr``; one
+that was measured has the rest:
+
+* ``entropy``, ``first_order`` (per unit η), ``second_order`` (per unit η², or None): estimates, each with ``value``,
+  ``stderr``, ``ci_low``, ``ci_high``, ``ess``, ``n_sequences`` and so on, in nats;
+* ``sweep``: a list of ``{"eta", "taken", "true": estimate, "first_order": estimate, already multiplied by eta}``;
+  the point with ``"taken": true`` is the step the optimizer really made;
+* ``eta_star``, ``update_norm``, ``reward``, ``normalize``, and whatever else its writer found worth keeping.
+
+Files are strict JSON: a number that is not finite is written as null, since ``NaN`` is not JSON and most readers
+refuse it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+"""Version of the record format, written as ``schema``."""
+
+Record = dict[str, Any]
+
+
+class RecordWriter:
+    """Appends records to a file of JSON lines.
+
+    Each record is one write of a full line, on disk (fsync) when :meth:`write` returns. A line left unfinished by a
+    killed run stays as it is, and the next record starts on a line of its own. Nothing is kept open in between.
+
+    Args:
+        path: the file to append to; it and its folders are made when first written to.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record.
+
+        Args:
+            record: what to write; NumPy and torch numbers and arrays become plain ones, numbers that are not finite
+                become null.
+
+        Raises:
+            TypeError: if the record is not a mapping, or holds something that JSON has no form for.
+            OSError: if the line could not be written in full.
+        """
+        if not isinstance(record, Mapping):
+            raise TypeError(f"expected a record (a mapping), got {type(record).__name__}")
+        line = json.dumps(_plain(record, "record"), allow_nan=False).encode() + b"\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b", buffering=0) as file:  # unbuffered: one system call per line
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    line = b"\n" + line
+            written = file.write(line)
+            os.fsync(file.fileno())
+        if written != len(line):
+            raise OSError(f"expected to write {len(line)} bytes to {self.path}, wrote {written}: is the disk full?")
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """The records of a file, in the order they were written.
+
+    Lines that are no record (unfinished, not JSON, of another schema) are left out, with a warning that names them.
+
+    Args:
+        path: a file written by :class:`RecordWriter`.
+
+    Returns:
+        One dict per good line; empty for an empty file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of probe records (JSON lines), got {path}, which is not a file")
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(_parse(line))
+        except ValueError as error:
+            warnings.warn(f"{path}, line {number} is not a probe record and was left out: {error}", stacklevel=2)
+    return records
+
+
+def latest_per_step(records: Sequence[Mapping[str, Any]]) -> list[Record]:
+    """The probes of the run as it finally went: one record per step, by step.
+
+    A run resumed from an earlier checkpoint probes steps again, and what followed them the first time belongs to a
+    trajectory that was given up. So a record replaces every earlier one of its own step *and of later steps*.
+
+    Args:
+        records: records in the order they were written; those of another kind than ``"probe"`` are left out.
+
+    Returns:
+        The surviving records, steps strictly increasing.
+
+    Raises:
+        ValueError: if a probe's record has no integer ``step``.
+    """
+    kept: list[Record] = []
+    for record in records:
+        if record.get("kind", "probe") != "probe":
+            continue
+        step = record.get("step")
+        if not isinstance(step, int):
+            raise ValueError(f"expected every record to have an integer 'step', got {step!r}")
+        while kept and kept[-1]["step"] >= step:
+            kept.pop()
+        kept.append(dict(record))
+    return kept
+
+
+def taken_point(record: Mapping[str, Any]) -> Record | None:
+    """The sweep's point at the step the optimizer really made, or None where that was not measured."""
+    if record.get("status", "ok") != "ok":
+        return None
+    return next((point for point in record.get("sweep") or () if point.get("taken")), None)
+
+
+def number(mapping: Mapping[str, Any] | None, key: str) -> float:
+    """``mapping[key]`` as a float; NaN where it is absent, None or not finite."""
+    value = None if mapping is None else mapping.get(key)
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else math.nan
+
+
+def _parse(line: bytes) -> Record:
+    record = json.loads(line.decode(), parse_constant=lambda token: None)
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+    if record.get("schema", SCHEMA) != SCHEMA:
+        raise ValueError(f"expected schema {SCHEMA}, got {record['schema']!r}")
+    return record
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` in JSON's own types; ``where`` names it in the error."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # NumPy and torch, scalars and arrays alike
+        return _plain(value.tolist(), where)
+    raise TypeError(f"expected {where} to be JSON-able, got {type(value).__name__}")

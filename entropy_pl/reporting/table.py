@@ -1,0 +1,99 @@
+"""Probe records as a table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from entropy_pl.reporting.records import latest_per_step, number, taken_point
+
+DASH = "–"
+
+
+def probe_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per probed step, with ΔH and δH₁ at the step really taken.
+
+    Args:
+        records: probe records in the order they were written; steps probed twice show their latest record.
+
+    Returns:
+        A table of 100 columns at most. Rows without a measurement show their status and message instead.
+    """
+    records = latest_per_step(records)
+    table = Table(title="Entropy change per optimizer step", box=box.SIMPLE_HEAD, caption=_caption(records))
+    table.add_column("step", justify="right", no_wrap=True)
+    # wide enough for "-1.234568e-03 ± 4.5e-09"; a message wraps inside
+    table.add_column("ΔH ± SE", justify="right", min_width=19, max_width=24)
+    table.add_column("δH₁ ± SE", justify="right", min_width=19, max_width=24)
+    table.add_column("ESS", justify="right", no_wrap=True)
+    table.add_column("η*", justify="right", no_wrap=True)
+    table.add_column("reward", justify="right", no_wrap=True)
+    for record in records:
+        # Text, not str: a message such as "got [256, 48]" is no markup
+        cells = [Text(cell) for cell in _cells(record)]
+        if taken_point(record) is None:
+            for words in cells[1:3]:
+                words.justify = "left"
+        table.add_row(*cells)
+    return table
+
+
+def with_error(value: float, stderr: float) -> str:
+    """A value and its standard error, rounded at the same decimal place: ``-1.230e-03 ± 4.5e-05``.
+
+    Args:
+        value: the estimate; NaN gives a dash.
+        stderr: its standard error, shown to two digits; where it is NaN or 0, the value gets four digits.
+    """
+    if math.isnan(value):
+        return DASH
+    if math.isnan(stderr):
+        return f"{value:.3e} ± {DASH}"
+    if stderr <= 0:
+        return f"{value:.3e} ± 0"
+    last_place = _exponent(stderr, 1) - 1  # of the error's second digit
+    value = round(value, -last_place) + 0.0  # no negative zero
+    digits = _exponent(value, 6) - last_place if value else 0
+    return f"{value:.{min(max(digits, 0), 6)}e} ± {stderr:.1e}"
+
+
+def _exponent(value: float, digits: int) -> int:
+    """The power of ten of ``value`` as printed with that many decimals."""
+    return int(f"{value:.{digits}e}".split("e")[1])
+
+
+def _cells(record: Mapping[str, Any]) -> list[str]:
+    taken = taken_point(record)
+    if taken is not None:
+        true, first_order = taken.get("true"), taken.get("first_order")
+        changes = [with_error(number(item, "value"), number(item, "stderr")) for item in (true, first_order)]
+        ess, n_sequences = number(true, "ess"), number(true, "n_sequences")
+        effective = DASH if math.isnan(ess + n_sequences) else f"{ess:.0f}/{n_sequences:.0f}"
+    else:
+        status = str(record.get("status"))
+        changes = [status, record.get("message") or ("step taken not measured" if status == "ok" else "")]
+        effective = DASH
+    return [
+        str(record["step"]),
+        *changes,
+        effective,
+        _shown(record, "eta_star", ".1e"),
+        _shown(record, "reward", ".3f"),
+    ]
+
+
+def _shown(record: Mapping[str, Any], key: str, form: str) -> str:
+    value = number(record, key)
+    return DASH if math.isnan(value) else format(value, form)
+
+
+def _caption(records: Sequence[Mapping[str, Any]]) -> str | None:
+    if not records:
+        return "no probes recorded"
+    units = {record["normalize"] for record in records if record.get("normalize")}
+    return f"entropies in nats {units.pop().replace('_', ' ')}" if len(units) == 1 else None

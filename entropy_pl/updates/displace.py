@@ -1,0 +1,54 @@
+"""Other values in a model's parameters for a while, the old ones put back to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from entropy_pl.updates.vector import UpdateVector
+
+
+@contextmanager
+def parameters_set_to(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Hold ``values`` in the named parameters; on leaving, even by an error, the very tensors of before are back.
+
+    The parameters' storage is exchanged rather than written to, so nothing is rounded or copied on the way back.
+
+    Raises:
+        KeyError: if the model has no parameter of a name.
+        ValueError: if a shape is not the parameter's.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = sorted(values.keys() - parameters.keys())
+    if unknown:
+        raise KeyError(f"expected names of the model's parameters, got {unknown[:3]} ({len(unknown)} unknown)")
+    for name, value in values.items():
+        if value.shape != parameters[name].shape:
+            raise ValueError(f"expected {name} of shape {list(parameters[name].shape)}, got {list(value.shape)}")
+    kept = {name: parameters[name].data for name in values}
+    try:
+        for name, value in values.items():
+            parameters[name].data = value.to(kept[name].device)
+        yield
+    finally:
+        for name, data in kept.items():
+            parameters[name].data = data
+
+
+@contextmanager
+def displaced(model: nn.Module, update: UpdateVector, eta: float) -> Iterator[None]:
+    """The model at θ+ηv, formed in float64 and rounded once to the parameter's dtype, float32 at the least."""
+    parameters = dict(model.named_parameters())
+    values = {}
+    for name, direction in update.direction.items():
+        if name in parameters:  # an unknown name is reported below
+            theta = parameters[name].data
+            moved = theta.double() + eta * direction.to(theta.device, torch.float64)
+            values[name] = moved.to(torch.promote_types(theta.dtype, torch.float32))
+        else:
+            values[name] = direction
+    with parameters_set_to(model, values):
+        yield

@@ -1,0 +1,73 @@
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from entropy_pl.reporting import probe_table
+from entropy_pl.reporting.table import with_error
+
+
+def rendered(records, width=100):
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(probe_table(records))
+    return console.export_text()
+
+
+def row(text, step):
+    line = next(line for line in text.splitlines() if line.split()[:1] == [str(step)])
+    return " ".join(line.split())
+
+
+def test_a_measured_row(make):
+    text = rendered([make(0), make(5)])
+    assert row(text, 5) == "5 -1.55e-03 ± 2.0e-04 -1.70e-03 ± 1.5e-04 200/256 8.0e-04 0.300"
+    assert "nats per token" in text
+    for head in ("step", "ΔH ± SE", "δH₁ ± SE", "ESS", "η*", "reward"):
+        assert head in text
+
+
+def test_rows_without_measurement_show_status_and_message(make, make_failed):
+    text = rendered([make(0), make_failed(5), make_failed(10, "skipped", None)])
+    assert row(text, 5) == "5 failed got NaN in [256, 48] – – –"
+    assert row(text, 10) == "10 skipped – – –"
+
+
+def test_a_long_message_wraps_and_numbers_do_not(make, make_failed):
+    message = "expected finite logits, got NaN in 3 of 256 sequences; the policy's weights were finite"
+    text = rendered([make(100000, reward=-1.25), make_failed(100005, message=message)])
+    assert len(row(text, 100000).split()) == 10
+    assert all(word in text for word in message.split())
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_missing_numbers_are_dashes(make):
+    text = rendered([make(0, eta_star=None, reward=math.nan, sweep=[{"eta": 1e-4, "taken": True, "true": {}}])])
+    assert row(text, 0) == "0 – – – – –"
+
+
+def test_a_step_probed_again_shows_once(make, make_failed):
+    assert row(rendered([make_failed(5), make(5)]), 5).startswith("5 -1.55e-03")
+
+
+def test_no_records():
+    assert "no probes recorded" in rendered([])
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr", "expected"),
+    [
+        (-1.23e-3, 4.5e-5, "-1.230e-03 ± 4.5e-05"),
+        (-1.23456789e-3, 4.5e-8, "-1.234568e-03 ± 4.5e-08"),
+        (1.2e-6, 4.5e-5, "1e-06 ± 4.5e-05"),
+        (-1e-9, 4.5e-5, "0e+00 ± 4.5e-05"),
+        (9.996e-4, 4.5e-5, "1.000e-03 ± 4.5e-05"),
+        (0.0, 9.99e-6, "0e+00 ± 1.0e-05"),
+        (123.4, 25.0, "1.23e+02 ± 2.5e+01"),
+        (0.5, 0.0, "5.000e-01 ± 0"),
+        (0.5, math.nan, "5.000e-01 ± –"),
+        (math.nan, 1.0, "–"),
+    ],
+)
+def test_value_and_error_end_at_the_same_decimal_place(value, stderr, expected):
+    assert with_error(value, stderr) == expected
