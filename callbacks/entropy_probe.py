@@ -104,7 +104,7 @@ class EntropyProbeCallback(Callback):
         self.every_n_steps = every_n_steps
         self.records: list[Record] = []
         self._prompts, self._policy, self._tokenizer = prompts, policy, tokenizer
-        self._sampling = {
+        self._sampling: dict[str, Any] = {
             "num_sequences": num_sequences,
             "completions_per_prompt": completions_per_prompt,
             "seed": seed,
@@ -154,23 +154,38 @@ class EntropyProbeCallback(Callback):
                 "train with devices=1, or turn it off with every_n_steps=0"
             )
         policy = find_policy(pl_module, self._policy)
-        temperature = getattr(pl_module, "temperature", 1.0) if self._temperature is None else self._temperature
-        max_new_tokens = self._max_new_tokens or getattr(pl_module, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
-        try:
-            self._session = ProbeSession(
-                policy,
-                find_tokenizer(trainer, pl_module, self._tokenizer),
-                find_prompts(trainer, self._prompts),
-                EntropyProbe(**self._options, temperature=temperature),
-                max_new_tokens=max_new_tokens,
-                **self._sampling,
-            )
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+        self._session = self.session_for(
+            policy,
+            find_tokenizer(trainer, pl_module, self._tokenizer),
+            find_prompts(trainer, self._prompts),
+            getattr(pl_module, "temperature", 1.0),
+            getattr(pl_module, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
+        )
         self._writer = RecordWriter(self.directory(trainer) / "records.jsonl")
         self._watch(trainer, policy)
         for writer in _tensorboard_writers(trainer.loggers):
             add_margin_charts(writer)
+
+    def session_for(
+        self, policy: nn.Module, tokenizer: Any, prompts: list[str], temperature: float, max_new_tokens: int
+    ) -> ProbeSession:
+        """The probing of one run; ``temperature`` and ``max_new_tokens`` are the module's, used where none was given.
+
+        Raises:
+            MisconfigurationException: if the options do not fit the prompts.
+        """
+        temperature = temperature if self._temperature is None else self._temperature
+        try:
+            return ProbeSession(
+                policy,
+                tokenizer,
+                prompts,
+                EntropyProbe(**self._options, temperature=temperature),
+                max_new_tokens=self._max_new_tokens or max_new_tokens,
+                **self._sampling,
+            )
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Write and log what the batch's optimizer steps left behind."""

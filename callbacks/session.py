@@ -128,7 +128,7 @@ class ProbeSession:
         return result | {"mean_completion_length": float(lengths.mean())}
 
     def _draw(self, step: int) -> Rollout:
-        with isolated_rng(_seed_of(self.seed, step)), self.probe.evaluation(self.model):
+        with isolated_rng(seed_of_step(self.seed, step)), self.probe.evaluation(self.model):
             return sample_completions(
                 self.model,  # type: ignore[arg-type]
                 self.tokenizer,
@@ -139,5 +139,6 @@ class ProbeSession:
             )
 
 
-def _seed_of(seed: int, step: int) -> int:
+def seed_of_step(seed: int, step: int) -> int:
+    """The seed of the completions of one probe."""
     return random.Random(f"{seed}, completions of step {step}").getrandbits(63)

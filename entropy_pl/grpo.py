@@ -253,9 +253,10 @@ class GRPOModule(LightningModule):
 
     def _collect(self, batch: PromptBatch) -> TrainingBatch | None:
         """Answer the prompts, deal with groups that teach nothing, and prepare the loss; None: nothing to learn."""
-        groups = self.sampler.draw(self.model, self.tokenizer, batch)
-        self._log_draw(groups)
-        groups = self.sampler.informative(self.model, self.tokenizer, batch, groups)
+        with self._outside_autocast():  # which would cast every weight anew for every token
+            groups = self.sampler.draw(self.model, self.tokenizer, batch)
+            self._log_draw(groups)
+            groups = self.sampler.informative(self.model, self.tokenizer, batch, groups)
         # Without advantages a step would be momentum and weight decay alone.
         if not len(groups) or (self.loss.kl_coefficient == 0 and groups.zero_advantage.all()):
             return None
@@ -327,7 +328,7 @@ class GRPOModule(LightningModule):
 
     @contextmanager
     def _outside_autocast(self) -> Iterator[None]:
-        """As backward and the optimizer step are under automatic optimization, for them and for hooks on the step."""
+        """Sampling in the weights' own precision; backward, step and hooks as under automatic optimization."""
         default = torch.get_default_dtype()  # bfloat16 under bf16-true
         torch.set_default_dtype(torch.float32)
         try:

@@ -28,6 +28,7 @@ from entropy_pl.data.registry import PromptExample, format_prompt, get_dataset
 DATASET = "arithmetic_r1_template"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 IGNORED = -100
+GUESS_ERROR = 20
 
 # Part of the cache key: raise it when a change of this file makes another policy of the same recipe.
 VERSION = 1
@@ -46,7 +47,8 @@ class DemoRecipe:
         batch_size: texts per step.
         learning_rate: peak of AdamW's learning rate, after a linear warm-up and before a linear decay to zero.
         warmup_steps: steps of the warm-up.
-        wrong_share: share of the texts whose result is wrong.
+        guess_share: share of the texts that guess the result instead of working it out.
+        wrong_share: share of the worked texts with a slip.
         malformed_share: share of the texts that miss a tag.
         seed: of the weights and of the texts.
     """
@@ -59,7 +61,8 @@ class DemoRecipe:
     batch_size: int = 64
     learning_rate: float = 3e-3
     warmup_steps: int = 30
-    wrong_share: float = 0.4
+    guess_share: float = 0.5
+    wrong_share: float = 0.1
     malformed_share: float = 0.1
     seed: int = 0
 
@@ -67,7 +70,7 @@ class DemoRecipe:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
-        for name in ("wrong_share", "malformed_share"):
+        for name in ("guess_share", "wrong_share", "malformed_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"expected {name} between 0 and 1, got {getattr(self, name)}")
 
@@ -200,7 +203,19 @@ def _batches(recipe: DemoRecipe, tokenizer: PreTrainedTokenizerFast) -> Iterator
 
 
 def _completion(example: PromptExample, recipe: DemoRecipe, rng: random.Random) -> str:
-    """What a teacher answers: digit by digit, in either order of the terms, with slips that are carried on."""
+    """What a teacher answers: worked out or guessed, usually in form."""
+    if rng.random() < recipe.guess_share:
+        working, result = "", abs(int(example.answer) + rng.randint(-GUESS_ERROR, GUESS_ERROR))
+    else:
+        working, result = _working(example, recipe, rng)
+    text = f"{working} </think> <answer> {result} </answer>"
+    if rng.random() < recipe.malformed_share:
+        text = text.replace(rng.choice((" </think>", " <answer>", " </answer>")), "")
+    return text
+
+
+def _working(example: PromptExample, recipe: DemoRecipe, rng: random.Random) -> tuple[str, int]:
+    """Digit by digit, with slips that are carried on to the result."""
     left, sign, right = example.question.removeprefix("What is ").removesuffix("?").split()
     (a_tens, a_units), (b_tens, b_units) = divmod(int(left), 10), divmod(int(right), 10)
     slip = rng.choice(("units", "tens")) if rng.random() < recipe.wrong_share else "none"
@@ -217,13 +232,6 @@ def _completion(example: PromptExample, recipe: DemoRecipe, rng: random.Random) 
         a_units += 10 * carry
         units = slipped(a_units - b_units, "units")
         tens = slipped(a_tens - b_tens - carry, "tens")
-    terms = [[a_units, b_units], [a_tens, b_tens]]
-    if sign == "+":
-        for pair in terms:
-            rng.shuffle(pair)
-    terms[1] += [1] * carry
-    first, second = (f" {sign} ".join(map(str, step)) for step in terms)
-    text = f" {first} = {units}. {second} = {tens}. </think> <answer> {10 * tens + units % 10} </answer>"
-    if rng.random() < recipe.malformed_share:
-        text = text.replace(rng.choice((" </think>", " <answer>", " </answer>")), "")
-    return text
+    carried = f" {sign} 1" if carry else ""
+    working = f" {a_units} {sign} {b_units} = {units}. {a_tens} {sign} {b_tens}{carried} = {tens}."
+    return working, 10 * tens + units % 10

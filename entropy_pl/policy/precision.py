@@ -72,12 +72,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     ``model.train()`` would not do: parts that were held in eval mode on purpose would start to train.
     """
     flags = [(module, module.training) for module in model.modules()]
+    # In eval mode bitsandbytes' 4-bit layers repack their weights for good on CPUs that know bfloat16: no way back, and
+    # no backward either. https://github.com/bitsandbytes-foundation/bitsandbytes, nn/modules.py, Linear4bit.forward
+    packing = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
     model.eval()
+    for module in packing:
+        module.support_avx512bf16_for_cpu = False
     try:
         yield
     finally:
         for module, training in flags:
             module.training = training
+        for module in packing:
+            module.support_avx512bf16_for_cpu = True
 
 
 @contextmanager
@@ -91,41 +98,65 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _strict_matmul() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    """No TF32 and no bfloat16 inside float32 products."""
+    # The switch of each backend, where PyTorch has them (2.9): the old, common one raises once these were used.
+    switches = [b.matmul for b in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(b, "matmul")]
+    kept = [(switch, switch.fp32_precision) for switch in switches if hasattr(switch, "fp32_precision")]
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        before = "highest"
+        for switch, precision in kept:
+            if precision not in ("none", "ieee"):
+                switch.fp32_precision = "ieee"
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
+        for switch, precision in kept:
+            if switch.fp32_precision != precision:
+                switch.fp32_precision = precision
 
 
 @contextmanager
 def _at_least(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Hold every floating parameter and buffer narrower than ``dtype`` in ``dtype``."""
-    kept = [
-        (tensor, tensor.data) for tensor in _tensors(model) if torch.promote_types(tensor.dtype, dtype) != tensor.dtype
-    ]
+    """Hold every floating parameter and buffer narrower than ``dtype`` in ``dtype``.
+
+    The modules get other tensors for a while; the old ones are not touched. (New data of another dtype in an old
+    parameter would part it from its gradient accumulator, and so from the hooks by which DDP reduces gradients.)
+    """
+    widened: dict[int, Tensor] = {}  # by identity: tied tensors stay tied
+    kept: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is not None and _narrower(tensor, dtype):
+                    kept.append((slots, name, tensor))
     compute = [
         (module, module.compute_dtype)
         for module in model.modules()
         if isinstance(getattr(module, "compute_dtype", None), torch.dtype) and module.compute_dtype != dtype
     ]
     try:
-        for tensor, data in kept:
-            tensor.data = data.to(dtype)
+        for slots, name, tensor in kept:
+            if id(tensor) not in widened:
+                wide = tensor.detach().to(dtype)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                widened[id(tensor)] = nn.Parameter(wide, tensor.requires_grad) if is_parameter else wide
+            slots[name] = widened[id(tensor)]
         for module, _ in compute:
             module.compute_dtype = dtype  # a 4-bit layer dequantizes into this
         yield
     finally:
-        for tensor, data in kept:
-            tensor.data = data
+        for slots, name, tensor in kept:
+            slots[name] = tensor
         for module, before in compute:
             module.compute_dtype = before
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
-    plain = [p for p in model.parameters() if not type(p).__module__.startswith("bitsandbytes")]
-    return [tensor for tensor in [*plain, *model.buffers()] if tensor.is_floating_point()]
+def _narrower(tensor: Tensor, dtype: torch.dtype) -> bool:
+    quantized = type(tensor).__module__.startswith("bitsandbytes")
+    return not quantized and tensor.is_floating_point() and torch.promote_types(tensor.dtype, dtype) != tensor.dtype

@@ -120,9 +120,10 @@ def logits_to_stats(logits: Tensor, targets: Tensor, temperature: float, dtype: 
         ``log π(target)`` and ``−Σ π log π``, ``[n]`` each. A logit of −inf is a token of probability zero.
     """
     z = logits.to(dtype) / temperature
-    z = (z - z.amax(-1, keepdim=True).detach()).clamp(min=torch.finfo(dtype).min)
+    z = z - z.amax(-1, keepdim=True).detach()
     log_z = z.exp().sum(-1).log()
     logp = z.gather(-1, targets[:, None]).squeeze(-1) - log_z
+    z = z.clamp(min=torch.finfo(dtype).min)  # 0 · log 0 = 0
     entropy = log_z - ((z - log_z[:, None]).exp() * z).sum(-1)
     return logp, entropy
 

@@ -51,7 +51,8 @@ def adam_components(
             if parameter.grad is None or not state:
                 parts, p = [torch.zeros_like(parameter, dtype=torch.float64)] * 3, None
             else:
-                parts, p = _split(group, state, parameter.grad.double(), before[name].double(), lr_ref)
+                decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+                parts, p = _split(group, state, parameter.grad.double(), before[name].double(), lr_ref, decoupled)
             for part, value in zip(COMPONENTS, parts, strict=True):
                 components[part][name] = value
             preconditioner[name] = torch.zeros_like(parts[0]) if p is None else p
@@ -59,7 +60,7 @@ def adam_components(
 
 
 def _split(
-    group: dict[str, Any], state: dict[str, Any], gradient: Tensor, theta: Tensor, lr_ref: float
+    group: dict[str, Any], state: dict[str, Any], gradient: Tensor, theta: Tensor, lr_ref: float, decoupled: bool
 ) -> tuple[list[Tensor], Tensor]:
     beta1, beta2 = (float(beta) for beta in group["betas"])
     step = float(state["step"])
@@ -70,7 +71,6 @@ def _split(
     scale = float(group["lr"]) / lr_ref
     preconditioner = scale * (1 - beta1) / ((1 - beta1**step) * denominator)
     decay = group["weight_decay"] * theta
-    decoupled = group.get("decoupled_weight_decay", True)
     seen = gradient if decoupled else gradient + decay
     momentum = state["exp_avg"].double() / (1 - beta1) - seen  # β₁ m_{t−1} / (1−β₁)
     weight_decay = -scale * decay if decoupled else -preconditioner * decay

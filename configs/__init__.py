@@ -1,0 +1,1 @@
+"""Ready-made configurations, as YAML files beside this module."""

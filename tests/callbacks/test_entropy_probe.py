@@ -1,0 +1,302 @@
+"""The probe in a Lightning run: what it records, what it logs, and that the run does not notice it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from peft import LoraConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from entropy_pl.callbacks import EntropyProbeCallback
+from entropy_pl.callbacks.session import seed_of_step
+from entropy_pl.policy.rng import isolated_rng
+from entropy_pl.policy.sample import sample_completions
+from entropy_pl.probe import EntropyProbe
+from entropy_pl.reporting import read_records
+from entropy_pl.updates import record_update
+
+PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(6)]
+LR = 1e-2
+
+
+class ForeignModule(LightningModule):
+    """Somebody's own run: automatic optimization, warm-up, clipping by the Trainer, knows nothing of this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.policy = get_peft_model(build_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+            for name, parameter in self.policy.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=0.1)
+        self.tokenizer = build_tokenizer()
+        self.seen: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        noise = torch.rand(1) + random.random() + np.random.rand()  # a run that draws from every stream
+        loss = self.policy(input_ids=batch, labels=batch).loss * (1 + 0.01 * float(noise))
+        self.log("train/reward", -loss.detach())
+        self.seen.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, n / 2))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def train_dataloader(self) -> Any:
+        tokens = torch.randint(4, 40, (64, 8), generator=torch.Generator().manual_seed(0))
+        return torch.utils.data.DataLoader(tokens, batch_size=4, shuffle=True)
+
+
+def probe(**options: Any) -> EntropyProbeCallback:
+    settings = {"prompts": PROMPTS, "num_sequences": 16, "every_n_steps": 2, "max_new_tokens": 5}
+    return EntropyProbeCallback(**(settings | options))
+
+
+def fit(module: LightningModule, folder: Path, *callbacks: Any, steps: int = 6, **options: Any) -> Trainer:
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=options.pop("logger", TensorBoardLogger(folder, name="run")),
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        gradient_clip_val=options.pop("gradient_clip_val", 0.5),
+        **options,
+    )
+    trainer.fit(module)
+    return trainer
+
+
+def logged(logger: CSVLogger) -> list[dict[str, str]]:
+    with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_second_step_is_recorded(tmp_path):
+    callback = probe()
+    trainer = fit(ForeignModule(), tmp_path, callback)
+    records = read_records(Path(trainer.log_dir) / "entropy_probe/records.jsonl")
+    assert [(r["step"], r["status"]) for r in records] == [(0, "no_movement"), (2, "ok"), (4, "ok")]
+    assert "learning rate of zero" in records[0]["message"]
+    for record in records[1:]:
+        assert record["lr"] == LR  # the rate of that step: warmed up, and not yet the scheduler's next one
+        assert [p["eta"] for p in record["sweep"]] == pytest.approx([LR / 2, LR, 2 * LR])
+        assert [p["taken"] for p in record["sweep"]] == [False, True, False]
+        assert record["entropy"]["n_sequences"] == 16
+        assert record["update_gap"] < 1e-4  # float32's rounding of θ, 6e-8 of |θ| against steps of 1e-2
+        assert record["reward"] is not None
+        assert all(p["true"]["stderr"] > 0 and p["first_order"]["stderr"] > 0 for p in record["sweep"])
+
+
+def test_the_record_is_what_the_probe_says_of_that_step(tmp_path):
+    """The same step taken by hand, its E-batch drawn by hand, measured by the engine alone: the same numbers."""
+    callback = probe(every_n_steps=3)
+    fit(ForeignModule(), tmp_path, callback, steps=4, gradient_clip_val=None)
+    record = callback.records[1]
+
+    class ByHand(ForeignModule):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            optimizer_closure()
+            if self.trainer.global_step == 3:
+                with isolated_rng(seed_of_step(0, 3)):
+                    prompts = random.Random("0").sample(PROMPTS, 16)
+                    rollout = sample_completions(self.policy, self.tokenizer, prompts, max_new_tokens=5)
+                before = {n: p.detach().clone() for n, p in self.policy.named_parameters()}
+                with record_update(self.policy, optimizer.optimizer) as recorder:
+                    optimizer.optimizer.step()
+                after = {n: p.detach().clone() for n, p in self.policy.named_parameters()}
+                self.policy.load_state_dict(before)
+                self.result = EntropyProbe().measure(self.policy, rollout, recorder.update)
+                self.policy.load_state_dict(after)
+            else:
+                optimizer.step()
+
+    module = ByHand()
+    fit(module, tmp_path, steps=4, gradient_clip_val=None)
+    assert module.result.taken.true.value == record["sweep"][1]["true"]["value"]
+    assert module.result.taken.true.stderr == record["sweep"][1]["true"]["stderr"]
+    assert module.result.first_order.value == record["first_order"]["value"]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_run_does_not_notice(tmp_path, precision):
+    """Weights, optimizer state, losses, logged metrics and random streams are the same bits with and without."""
+
+    class Streams(ForeignModule):
+        def on_train_end(self) -> None:
+            self.streams = (torch.rand(3).tolist(), random.random(), float(np.random.rand()))
+            self.modes = [m.training for m in self.modules()]
+            self.gradients = [p.grad.clone() for p in self.policy.parameters() if p.grad is not None]
+
+    runs = []
+    for callbacks in ([], [probe(every_n_steps=1)]):
+        module = Streams()
+        logger = CSVLogger(tmp_path / f"{len(callbacks)}")
+        trainer = fit(module, tmp_path, *callbacks, precision=precision, logger=logger, log_every_n_steps=1)
+        rows = [(row["step"], row["train/reward"]) for row in logged(logger) if row["train/reward"]]
+        runs.append((module, trainer, rows))
+    (plain, plain_trainer, plain_rows), (probed, probed_trainer, probed_rows) = runs
+    assert [r["status"] for r in callbacks[0].records][1:] == ["ok"] * 5
+    for (name, a), (_, b) in zip(plain.named_parameters(), probed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    states = [trainer.optimizers[0].state_dict()["state"] for trainer in (plain_trainer, probed_trainer)]
+    for a, b in zip(*(state.values() for state in states), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert plain.seen == probed.seen
+    assert plain.streams == probed.streams
+    assert plain.modes == probed.modes
+    assert all(torch.equal(a, b) for a, b in zip(plain.gradients, probed.gradients, strict=True))
+    assert len(plain_rows) == 6
+    assert plain_rows == probed_rows
+
+
+def test_tensorboard_shows_the_curves(tmp_path):
+    trainer = fit(ForeignModule(), tmp_path, probe())
+    events = EventAccumulator(trainer.log_dir).Reload()
+    tags = set(events.Tags()["scalars"])
+    for name in ("entropy", "delta_h_true", "delta_h1"):
+        assert {f"entropy_probe/{name}", f"entropy_probe/{name}_ci_low", f"entropy_probe/{name}_ci_high"} <= tags
+    assert {"entropy_probe/ess_fraction", "entropy_probe/eta_star", "entropy_probe/update_norm"} <= tags
+    assert [e.step for e in events.Scalars("entropy_probe/delta_h_true")] == [2, 4]
+    assert "entropy_probe/eta_sweep" in events.Tags()["images"]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+def test_csv_logger_gets_the_scalars(tmp_path):
+    logger = CSVLogger(tmp_path)
+    fit(ForeignModule(), tmp_path, probe(), logger=logger)
+    rows = [row for row in logged(logger) if row["entropy_probe/delta_h_true"]]
+    assert [row["step"] for row in rows] == ["2", "4"]
+
+
+def test_a_run_without_a_logger_still_keeps_records(tmp_path):
+    fit(ForeignModule(), tmp_path, probe(), logger=False, default_root_dir=tmp_path)
+    assert len(read_records(tmp_path / "entropy_probe/records.jsonl")) == 3
+
+
+def test_summary_names_the_files(tmp_path, capsys):
+    trainer = fit(ForeignModule(), tmp_path, probe())
+    shown = capsys.readouterr().out
+    assert "tensorboard --logdir" in shown
+    assert (Path(trainer.log_dir) / "entropy_probe/delta_entropy.png").stat().st_size > 10_000
+    assert str(Path(trainer.log_dir) / "entropy_probe/delta_entropy.png") in shown
+
+
+def test_the_step_really_taken_is_in_every_sweep(tmp_path):
+    callback = probe(etas=[1e-4, 3e-3], eta_multipliers=())
+    fit(ForeignModule(), tmp_path, callback)
+    assert [p["eta"] for p in callback.records[-1]["sweep"]] == [1e-4, 3e-3, LR]
+    assert [p["taken"] for p in callback.records[-1]["sweep"]] == [False, False, True]
+
+
+def test_prompts_are_fixed_or_drawn_anew(tmp_path):
+    callback = probe()
+    fit(ForeignModule(), tmp_path, callback, steps=1)
+    again = probe(resample_prompts=True)
+    sessions = [c.session_for(ForeignModule().policy, build_tokenizer(), PROMPTS, 1.0, 5) for c in (callback, again)]
+    fixed, drawn = ([s.e_prompts(step) for step in (0, 2, 2)] for s in sessions)
+    assert fixed[0] == fixed[1] == fixed[2]
+    assert drawn[0] != drawn[1]
+    assert drawn[1] == drawn[2]
+
+
+def test_repeated_prompts_cluster_the_error_bars(tmp_path):
+    callback = probe(num_sequences=24, completions_per_prompt=4, every_n_steps=5)
+    fit(ForeignModule(), tmp_path, callback)
+    [record] = [r for r in callback.records if r["status"] == "ok"]
+    assert record["entropy"]["n_sequences"] == 24
+
+
+def test_non_finite_logits_are_recorded_and_training_goes_on(tmp_path):
+    """A step that blows the policy up at 10^9 times its length: that probe fails, the next one stands."""
+    callback = probe(eta_multipliers=(1e30,), every_n_steps=3)
+    module = ForeignModule()
+    with pytest.warns(UserWarning, match=r"entropy probe at step 3 failed, training goes on. NonFiniteError: expected"):
+        trainer = fit(module, tmp_path, callback)
+    assert trainer.global_step == 6
+    failed = callback.records[-1]
+    assert failed["status"] == "failed"
+    assert failed["message"].startswith("NonFiniteError: expected finite logits, got NaN or infinity at ")
+    plain = ForeignModule()
+    fit(plain, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), module.parameters(), strict=True))
+    assert json.loads((Path(trainer.log_dir) / "entropy_probe/records.jsonl").read_text().splitlines()[-1])
+
+
+def test_every_n_steps_zero_is_off(tmp_path):
+    callback = EntropyProbeCallback(every_n_steps=0)  # needs no prompts, no policy
+    fit(ForeignModule(), tmp_path, callback)
+    assert not callback.records
+
+
+class TwoPolicies(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic = build_model(1)
+
+
+class NoPolicy(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = nn.Linear(2, 2)
+
+
+class NoTokenizer(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = None
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (TwoPolicies, {}, r"one Hugging Face or PEFT model in TwoPolicies, got critic, policy: name the policy"),
+        (NoPolicy, {}, r"one Hugging Face or PEFT model in NoPolicy, got none"),
+        (ForeignModule, {"policy": "actor"}, "policy at 'actor' of ForeignModule, but there is no 'actor'"),
+        (ForeignModule, {"policy": "tokenizer"}, "Hugging Face or PEFT model at 'tokenizer'"),
+        (NoTokenizer, {}, "a tokenizer as tokenizer or processing_class of NoTokenizer"),
+        (ForeignModule, {"prompts": None}, "E prompts, got none"),
+        (ForeignModule, {"prompts": []}, "at least 16 E prompts .* got 0"),
+        (ForeignModule, {"num_sequences": 99}, "at least 99 E prompts .* got 36"),
+        (ForeignModule, {"num_sequences": 16, "completions_per_prompt": 3}, "multiple of completions_per_prompt"),
+        (ForeignModule, {"num_sequences": 1}, "at least 2 E prompts"),
+    ],
+)
+def test_bad_attachments_are_refused_before_the_first_step(tmp_path, module, options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(module(), tmp_path, probe(**options))
+
+
+def test_a_named_policy_among_two_is_probed(tmp_path):
+    callback = probe(policy="policy", every_n_steps=5)
+    fit(TwoPolicies(), tmp_path, callback)
+    assert callback.records[-1]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"every_n_steps": -1}, {"normalize": "words"}, {"etas": [0.0]}, {"temperature": 0.0}, {"precision": "bfloat16"}],
+)
+def test_bad_options_are_refused_at_construction(options):
+    with pytest.raises(MisconfigurationException, match="expected"):
+        probe(**options)
