@@ -130,7 +130,7 @@ class ProbeSession:
     def _draw(self, step: int) -> Rollout:
         with isolated_rng(seed_of_step(self.seed, step)), self.probe.evaluation(self.model):
             return sample_completions(
-                self.model,  # type: ignore[arg-type]
+                self.model,
                 self.tokenizer,
                 self.e_prompts(step),
                 num_completions=self.completions_per_prompt,

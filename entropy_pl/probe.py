@@ -209,8 +209,13 @@ class EntropyProbe:
         with self.evaluation(model):
             with _timed(seconds, "tangents", model):
                 tangent = self._tangents(model, rollout, update, on_pass)
-            shared = {"clusters": clusters, "confidence": self.confidence}
-            options = {**shared, "normalize": self.normalize, "weighting": self.weighting, "integrand": self.integrand}
+            shared: dict[str, Any] = {
+                "normalize": self.normalize,
+                "integrand": self.integrand,
+                "clusters": clusters,
+                "confidence": self.confidence,
+            }
+            options = {**shared, "weighting": self.weighting}
             first = first_order_delta_entropy(tangent.base, tangent.first, **options)
             second = second_order_delta_entropy(tangent.base, tangent.first, _present(tangent.second), **options)
             sweep = []
@@ -221,15 +226,16 @@ class EntropyProbe:
                     true = snis_delta_entropy(tangent.base, shifted, clip_log_weight=self.clip_log_weight, **options)
                     sweep.append(SweepPoint(eta, eta == update.lr, true, first.scaled(eta)))
         return ProbeResult(
-            entropy=entropy_estimate(tangent.base, normalize=self.normalize, integrand=self.integrand, **shared),
+            entropy=entropy_estimate(tangent.base, **shared),
             first_order=first,
             second_order=second,
             eta_star=2 * abs(first.value) / abs(second.value) if second.value else None,
             sweep=sweep,
             lr=update.lr,
             update_norm=update.norm(),
-            update_components=update.components
-            and {name: UpdateVector(part, update.lr).norm() for name, part in update.components.items()},
+            update_components=None
+            if update.components is None
+            else {name: UpdateVector(part, update.lr).norm() for name, part in update.components.items()},
             update_gap=update.gap(),
             method=tangent.method,
             seconds=seconds,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from entropy_pl.data.registry import PromptExample, check_template, format_prompt, get_dataset
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning's half precision plugin rebuilds batches field by field
 class PromptBatch:
     """Formatted prompts with their reference answers, one answer per prompt."""
 
@@ -26,7 +26,7 @@ class PromptBatch:
         return len(self.prompts)
 
     def to(self, device: torch.device | str, **_: Any) -> PromptBatch:
-        """Text has no device: the batch itself. With this, Lightning passes the frozen dataclass through."""
+        """Text has no device: the batch itself. Lightning asks for nothing more."""
         return self
 
 

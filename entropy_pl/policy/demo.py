@@ -1,8 +1,9 @@
 r"""A policy made at home: a small Qwen2 with its own tokenizer, half-taught arithmetic, for runs without a model hub.
 
-It is taught by imitation, on texts such as ``Question: What is 37 + 45?\nResponse: <think> 37 + 45 = 82 </think>
-<answer> 82 </answer>``, some of which are wrong or malformed on purpose. So the policy knows more than it says: sampled
-at temperature 1 it errs as often as its teachers did, with plenty of entropy, and GRPO has something to raise.
+It is taught by imitation. Of its texts, each of which goes on from ``Question: What is 37 + 45?\nResponse: <think>``,
+most work the result out, `` 7 + 5 = 12. 3 + 4 + 1 = 8. </think> <answer> 82 </answer>``; the others guess it, ``
+</think> <answer> 79 </answer>``, and a few of either kind slip or miss a tag. So the policy knows more than it says:
+sampled at temperature 1 it guesses as often as its teachers did, with entropy to lose, and GRPO has something to raise.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from entropy_pl.data.registry import PromptExample, format_prompt, get_dataset
 DATASET = "arithmetic_r1_template"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 IGNORED = -100
+
+# A guess lies within this of the result, either way.
 GUESS_ERROR = 20
+
+# Enough for the longest text the policy is taught, its EOS included.
+MAX_NEW_TOKENS = 24
 
 # Part of the cache key: raise it when a change of this file makes another policy of the same recipe.
 VERSION = 1
@@ -57,12 +63,12 @@ class DemoRecipe:
     num_layers: int = 2
     num_heads: int = 4
     intermediate_size: int = 384
-    steps: int = 500
-    batch_size: int = 64
-    learning_rate: float = 3e-3
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 4e-3
     warmup_steps: int = 30
-    guess_share: float = 0.5
-    wrong_share: float = 0.1
+    guess_share: float = 0.4
+    wrong_share: float = 0.05
     malformed_share: float = 0.1
     seed: int = 0
 

@@ -39,7 +39,13 @@ def float64_evaluation(model: nn.Module) -> Iterator[None]:
             f"expected a policy without quantized layers for float64, got {quantized[0]} ({len(quantized)} in all): "
             "load it unquantized, or probe in float32"
         )
-    with evaluation_mode(model), _without_autocast(model), _at_least(model, torch.float64), _Float32BecomesFloat64():
+    with (
+        evaluation_mode(model),
+        _without_autocast(model),
+        _at_least(model, torch.float64),
+        _default_dtype(torch.float64),
+        _Float32BecomesFloat64(),
+    ):
         yield
 
 
@@ -94,6 +100,16 @@ def _without_autocast(model: nn.Module) -> Iterator[None]:
         for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()  # of what a model makes without naming a dtype, and of integer / integer
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -12,8 +13,16 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_pl.policy.precision import evaluation, quantized_layers
-from entropy_pl.policy.score import completion_logits, logits_to_stats, model_device, over_micro_batches, token_stats
+from entropy_pl.policy.score import (
+    NonFiniteError,
+    completion_logits,
+    logits_to_stats,
+    model_device,
+    over_micro_batches,
+    token_stats,
+)
 from entropy_pl.rollout import Rollout, TokenStats
+from entropy_pl.updates.displace import parameters_named
 from entropy_pl.updates.vector import UpdateVector
 
 Method = Literal["auto", "forward_mode", "central_difference"]
@@ -175,8 +184,7 @@ def _forward_mode(
     dtype: torch.dtype,
     max_batch_tokens: int | None,
 ) -> Tangents:
-    parameters = dict(model.named_parameters())
-    primal = {name: parameters[name].detach() for name in update.direction}
+    primal = {name: p.detach() for name, p in parameters_named(model, update.direction).items()}
     tangent = {name: v.to(primal[name]) for name, v in update.direction.items()}
 
     def score(part: Rollout) -> tuple[Tensor, ...]:
@@ -214,12 +222,15 @@ def _difference_step(
     update: UpdateVector,
     target: float,
 ) -> float:
-    """h at which the largest |Σ_k r_ik| is about the target, tried out on the longest few sequences."""
+    """The step h at which the largest |Σ_k r_ik| is about the target, tried out on the longest few sequences."""
     pilot = rollout.completion_lengths.argsort(descending=True)[:PILOT_SEQUENCES]
     at_theta = base.select(pilot).logp
     step = update.lr or 1 / update.norm()
     for _ in range(8):
-        largest = float((stats(step, pilot).logp - at_theta).sum(1).abs().max())
+        try:
+            largest = float((stats(step, pilot).logp - at_theta).sum(1).abs().max())
+        except NonFiniteError:  # θ is fine, so it was the step
+            largest = math.inf
         # Far from the target the response need not be linear, or may drown in rounding: move by a bounded factor.
         factor = min(max(target / max(largest, 1e-300), 1e-4), 1e4)
         step *= factor

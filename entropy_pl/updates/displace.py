@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from entropy_pl.updates.vector import UpdateVector
+
+
+def parameters_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The model's parameters of these names.
+
+    Raises:
+        KeyError: if the model has no parameter of a name.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = sorted(set(names) - parameters.keys())
+    if unknown:
+        raise KeyError(f"expected names of the model's parameters, got {unknown[:3]} ({len(unknown)} unknown)")
+    return {name: parameters[name] for name in names}
 
 
 @contextmanager
@@ -21,10 +34,7 @@ def parameters_set_to(model: nn.Module, values: Mapping[str, Tensor]) -> Iterato
         KeyError: if the model has no parameter of a name.
         ValueError: if a shape is not the parameter's.
     """
-    parameters = dict(model.named_parameters())
-    unknown = sorted(values.keys() - parameters.keys())
-    if unknown:
-        raise KeyError(f"expected names of the model's parameters, got {unknown[:3]} ({len(unknown)} unknown)")
+    parameters = parameters_named(model, values)
     for name, value in values.items():
         if value.shape != parameters[name].shape:
             raise ValueError(f"expected {name} of shape {list(parameters[name].shape)}, got {list(value.shape)}")
@@ -41,14 +51,10 @@ def parameters_set_to(model: nn.Module, values: Mapping[str, Tensor]) -> Iterato
 @contextmanager
 def displaced(model: nn.Module, update: UpdateVector, eta: float) -> Iterator[None]:
     """The model at θ+ηv, formed in float64 and rounded once to the parameter's dtype, float32 at the least."""
-    parameters = dict(model.named_parameters())
     values = {}
-    for name, direction in update.direction.items():
-        if name in parameters:  # an unknown name is reported below
-            theta = parameters[name].data
-            moved = theta.double() + eta * direction.to(theta.device, torch.float64)
-            values[name] = moved.to(torch.promote_types(theta.dtype, torch.float32))
-        else:
-            values[name] = direction
+    for name, parameter in parameters_named(model, update.direction).items():
+        theta = parameter.data
+        moved = theta.double() + eta * update.direction[name].to(theta.device, torch.float64)
+        values[name] = moved.to(torch.promote_types(theta.dtype, torch.float32))
     with parameters_set_to(model, values):
         yield

@@ -57,7 +57,7 @@ _ROTARY = _SHARED | {
 }
 _GEMMA = _ROTARY | {"head_dim": 8, "rms_norm_eps": 1e-6}
 
-FAMILIES: dict[str, Callable[[], nn.Module]] = {
+FAMILIES: dict[str, Callable[..., nn.Module]] = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_ROTARY, tie_word_embeddings=False)),
     "qwen2-tied": lambda: Qwen2ForCausalLM(Qwen2Config(**_ROTARY, tie_word_embeddings=True)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_ROTARY, tie_word_embeddings=False)),
@@ -76,7 +76,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(**_SHARED, n_embd=16, n_layer=2, n_head=4, n_positions=32, initializer_range=0.3)
     ),
-    "opt": lambda: OPTForCausalLM(
+    # OPT's own activation, ReLU, has kinks: a difference across one means nothing, so it has a family of its own.
+    "opt": lambda activation="gelu": OPTForCausalLM(
         OPTConfig(
             **_SHARED,
             hidden_size=16,
@@ -86,9 +87,13 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
             max_position_embeddings=32,
             word_embed_proj_dim=16,
             init_std=0.3,
+            activation_function=activation,
         )
     ),
+    "opt-relu": lambda: FAMILIES["opt"]("relu"),
 }
+
+SMOOTH = [name for name in FAMILIES if name != "opt-relu"]
 
 
 def build_family(name: str, lora: bool = False, seed: int = 0) -> nn.Module:
