@@ -353,7 +353,12 @@ class GRPOModule(LightningModule):
         cast(MeanMetric, self.metrics[name]).update(value, weight)
 
     def _log_metrics(self) -> None:
-        """Log every metric that has seen something, and start it afresh."""
+        """Log every metric that has seen something, and start it afresh.
+
+        ``step`` is the loggers' x-axis: the last optimizer step taken, counted from 0 as the probe counts them, where
+        Lightning's own would be the number of batches.
+        """
+        self.log("step", float(max(self.trainer.global_step - 1, 0)), on_step=True, on_epoch=False)
         for name, metric in self.metrics.items():
             assert isinstance(metric, MeanMetric)
             if metric.update_called:

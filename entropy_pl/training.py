@@ -45,6 +45,9 @@ def run_cli(args: Sequence[str] | None) -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,  # the module takes its own, over the trainable parameters
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [TQDMProgressBar()]},  # the probe's own bar fits below this one
+        trainer_defaults={
+            "callbacks": [TQDMProgressBar()],  # the probe's own bar fits below this one
+            "max_epochs": -1,  # max_steps decides; prompts come round as often as it takes
+        },
         args=None if args is None else list(args),
     )

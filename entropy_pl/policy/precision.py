@@ -80,7 +80,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     # In eval mode bitsandbytes' 4-bit layers repack their weights for good on CPUs that know bfloat16: no way back, and
     # no backward either. https://github.com/bitsandbytes-foundation/bitsandbytes, nn/modules.py, Linear4bit.forward
-    packing = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    packing: list[Any] = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
     model.eval()
     for module in packing:
         module.support_avx512bf16_for_cpu = False
@@ -147,11 +147,12 @@ def _at_least(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     widened: dict[int, Tensor] = {}  # by identity: tied tensors stay tied
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     for module in model.modules():
-        for slots in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for slots in tables:
             for name, tensor in slots.items():
                 if tensor is not None and _narrower(tensor, dtype):
                     kept.append((slots, name, tensor))
-    compute = [
+    compute: list[tuple[Any, torch.dtype]] = [
         (module, module.compute_dtype)
         for module in model.modules()
         if isinstance(getattr(module, "compute_dtype", None), torch.dtype) and module.compute_dtype != dtype

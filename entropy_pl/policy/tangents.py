@@ -193,7 +193,7 @@ def _forward_mode(
             logits = functional_call(caller, {f"model.{name}": value for name, value in theta.items()}, ())
             return logits_to_stats(logits, part.completion_ids[part.completion_mask], temperature, dtype)
 
-        (logp, entropy), (logp_dot, entropy_dot) = jvp(at, (primal,), (tangent,))
+        (logp, entropy), (logp_dot, entropy_dot) = jvp(at, (primal,), (tangent,))[:2]
         return logp, entropy, logp_dot, entropy_dot
 
     # The fused attention kernels have no forward-mode derivative.
