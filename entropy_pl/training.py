@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from entropy_pl.callbacks import EntropyProbeCallback
@@ -32,6 +36,45 @@ class EntropyCLI(LightningCLI):
         """Add the probe's section."""
         parser.add_lightning_class_args(EntropyProbeCallback, "probe")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and answer an unknown key with the nearest one there is.
+
+        Raises:
+            ValueError: for words or a config file that cannot be understood.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise ValueError(_with_suggestion(str(error), self._known_keys())) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A bar of tqdm's, below which the probe's own fits, unless another was asked for or none."""
+        callbacks = self._get(self.config_init, "trainer.callbacks", default=[]) or []
+        if self._get(self.config_init, "trainer.enable_progress_bar") is not False and not any(
+            isinstance(callback, ProgressBar) for callback in callbacks
+        ):
+            kwargs["callbacks"] = [*callbacks, TQDMProgressBar()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _known_keys(self) -> list[str]:
+        fit = self._subcommand_parsers["fit"]
+        return [action.dest for action in fit._actions if "." in action.dest]
+
+
+def _with_suggestion(message: str, keys: list[str]) -> str:
+    unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", message)
+    if unknown is None:
+        return message
+    nearest = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.8)
+    section = [key for key in keys if key.startswith(unknown[1].rpartition(".")[0] + ".")]
+    if nearest:
+        hint = f"did you mean '{nearest[0]}'?"
+    elif section:
+        hint = f"expected one of {', '.join(section)}"
+    else:
+        hint = "`entropy-pl fit --help` lists what there is"
+    return f"unknown key '{unknown[1]}': {hint}"
+
 
 def run_cli(args: Sequence[str] | None) -> None:
     """Parse the words and run what they say.
@@ -45,9 +88,7 @@ def run_cli(args: Sequence[str] | None) -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,  # the module takes its own, over the trainable parameters
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={
-            "callbacks": [TQDMProgressBar()],  # the probe's own bar fits below this one
-            "max_epochs": -1,  # max_steps decides; prompts come round as often as it takes
-        },
+        trainer_defaults={"max_epochs": -1},  # max_steps decides; prompts come round as often as it takes
+        parser_kwargs={"prog": "entropy-pl", "exit_on_error": False, "fit": {"exit_on_error": False}},
         args=None if args is None else list(args),
     )

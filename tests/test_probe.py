@@ -132,7 +132,9 @@ def test_model_is_left_as_it_was(enumeration, rollout):
     before = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
     model.train()
     state = torch.get_rng_state()
-    EntropyProbe(precision="float64").measure(model, rollout.select(torch.arange(0, N, 400)), update_of(enumeration, 0.1))
+    EntropyProbe(precision="float64").measure(
+        model, rollout.select(torch.arange(0, N, 400)), update_of(enumeration, 0.1)
+    )
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     for name, p in model.named_parameters():

@@ -54,7 +54,7 @@ def quantized_layers(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if any(type(p).__module__.startswith("bitsandbytes") for p in module.parameters(recurse=False))
+        if any(_is_quantized(p) for p in module.parameters(recurse=False))
     ]
 
 
@@ -152,11 +152,11 @@ def _at_least(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             for name, tensor in slots.items():
                 if tensor is not None and _narrower(tensor, dtype):
                     kept.append((slots, name, tensor))
-    compute: list[tuple[Any, torch.dtype]] = [
-        (module, module.compute_dtype)
-        for module in model.modules()
-        if isinstance(getattr(module, "compute_dtype", None), torch.dtype) and module.compute_dtype != dtype
-    ]
+    # What a 4-bit layer dequantizes into: forwards by the layer's own setting, backwards by its weights'.
+    holders: list[tuple[Any, str]] = [(module, "compute_dtype") for module in model.modules()]
+    holders += [(getattr(p, "quant_state", None), "dtype") for p in model.parameters() if _is_quantized(p)]
+    compute = [(holder, name, getattr(holder, name, None)) for holder, name in holders]
+    compute = [entry for entry in compute if isinstance(entry[2], torch.dtype) and entry[2] != dtype]
     try:
         for slots, name, tensor in kept:
             if id(tensor) not in widened:
@@ -164,16 +164,20 @@ def _at_least(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                 is_parameter = isinstance(tensor, nn.Parameter)
                 widened[id(tensor)] = nn.Parameter(wide, tensor.requires_grad) if is_parameter else wide
             slots[name] = widened[id(tensor)]
-        for module, _ in compute:
-            module.compute_dtype = dtype  # a 4-bit layer dequantizes into this
+        for holder, name, _ in compute:
+            setattr(holder, name, dtype)
         yield
     finally:
         for slots, name, tensor in kept:
             slots[name] = tensor
-        for module, before in compute:
-            module.compute_dtype = before
+        for holder, name, before in compute:
+            setattr(holder, name, before)
 
 
 def _narrower(tensor: Tensor, dtype: torch.dtype) -> bool:
-    quantized = type(tensor).__module__.startswith("bitsandbytes")
-    return not quantized and tensor.is_floating_point() and torch.promote_types(tensor.dtype, dtype) != tensor.dtype
+    plain = tensor.is_floating_point() and not _is_quantized(tensor)
+    return plain and torch.promote_types(tensor.dtype, dtype) != tensor.dtype
+
+
+def _is_quantized(tensor: Tensor) -> bool:
+    return type(tensor).__module__.startswith("bitsandbytes")

@@ -25,11 +25,13 @@ def probe_table(records: Sequence[Mapping[str, Any]]) -> Table:
         A table of 100 columns at most. Rows without a measurement show their status and message instead.
     """
     records = latest_per_step(records)
-    table = Table(title="Entropy change per optimizer step", box=box.SIMPLE_HEAD, caption=_caption(records))
+    table = Table(
+        title="Entropy change per optimizer step", box=box.SIMPLE_HEAD, pad_edge=False, caption=_caption(records)
+    )
     table.add_column("step", justify="right", no_wrap=True)
     # wide enough for "-1.234568e-03 ± 4.5e-09"; a message wraps inside
-    table.add_column("ΔH ± SE", justify="right", min_width=19, max_width=24)
-    table.add_column("δH₁ ± SE", justify="right", min_width=19, max_width=24)
+    table.add_column("ΔH ± SE", justify="right", min_width=20, max_width=24)
+    table.add_column("δH₁ ± SE", justify="right", min_width=20, max_width=24)
     table.add_column("ESS", justify="right", no_wrap=True)
     table.add_column("η*", justify="right", no_wrap=True)
     table.add_column("reward", justify="right", no_wrap=True)
@@ -72,6 +74,7 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
     if taken is not None:
         true, first_order = taken.get("true"), taken.get("first_order")
         changes = [with_error(number(item, "value"), number(item, "stderr")) for item in (true, first_order)]
+        changes = [change.replace(" ", "\N{NO-BREAK SPACE}") for change in changes]  # messages wrap, numbers do not
         ess, n_sequences = number(true, "ess"), number(true, "n_sequences")
         effective = DASH if math.isnan(ess + n_sequences) else f"{ess:.0f}/{n_sequences:.0f}"
     else:

@@ -90,6 +90,13 @@ class TestFloat64:
         assert not seen.narrow
         assert seen.wide > 50
 
+    def test_autocast_outside_is_ignored(self):
+        model = build_family("qwen2", lora=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16), float64_evaluation(model), DtypesSeen(torch.float64) as seen:
+            token_stats_jvp(model, ROLLOUT, random_update(model))
+            model(input_ids=IDS)
+        assert not seen.narrow
+
     def test_double_alone_would_not_do(self):
         """The test above can fail: ``model.double()`` leaves casts to float32 in every model with RMSNorm."""
         model = build_family("qwen2").double().eval()
@@ -295,10 +302,10 @@ class TestEverythingIsPutBack:
 
 @pytest.fixture
 def quantized(tmp_path, tiny_model_factory, tiny_tokenizer):
-    """A tiny nf4 policy with an adapter that says something."""
+    """A tiny nf4 policy that computes in bfloat16, with an adapter that says something."""
     tiny_model_factory(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    model, _ = load_policy(str(tmp_path), quantization="nf4", lora=LoraSettings(rank=4))
+    model, _ = load_policy(str(tmp_path), quantization="nf4", dtype="bfloat16", lora=LoraSettings(rank=4))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -335,22 +342,40 @@ class TestQuantized:
         quantized(input_ids=IDS, labels=IDS).loss.backward()
         assert all(p.grad.abs().sum() > 0 for n, p in quantized.named_parameters() if "lora_B" in n)
 
-    def test_scored_in_float32(self, quantized):
-        """Against the same policy with its weights dequantized into ordinary float32 layers."""
+    @staticmethod
+    def dequantized(model):
+        """The same policy with its weights in ordinary float32 layers."""
         import bitsandbytes
 
-        twin = copy.deepcopy(quantized)
+        twin = copy.deepcopy(model)
         for name, layer in list(twin.named_modules()):
             if isinstance(layer, bitsandbytes.nn.Linear4bit):
                 plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-                weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-                plain.weight.data = weight.float()
+                state = copy.copy(layer.weight.quant_state)
+                state.dtype = torch.float32  # or the weights would be rounded to bfloat16
+                plain.weight.data = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
                 if layer.bias is not None:
                     plain.bias.data = layer.bias.data.float()
                 parent, _, child = name.rpartition(".")
                 setattr(twin.get_submodule(parent), child, plain)
         assert not quantized_layers(twin)
-        stats, expected = token_stats(quantized, ROLLOUT), token_stats(twin, ROLLOUT)
+        return twin
+
+    def test_scored_in_float32(self, quantized):
+        stats, expected = token_stats(quantized, ROLLOUT), token_stats(self.dequantized(quantized), ROLLOUT)
         # Float32 against float32; bfloat16 products would be off by 1e-2.
         torch.testing.assert_close(stats.logp, expected.logp, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(stats.entropy, expected.entropy, rtol=1e-4, atol=1e-4)
+
+    def test_gradients_are_those_of_float32(self, quantized):
+        """Backwards these layers have a precision of their own: with bfloat16's, gradients are off by percents."""
+        gradients = []
+        for model in (quantized, self.dequantized(quantized)):
+            with evaluation(model):
+                parameters = [p for n, p in model.named_parameters() if "lora" in n]
+                gradients.append(torch.autograd.grad(plain_stats(model, ROLLOUT)[0].sum(), parameters))
+        for found, expected in zip(*gradients, strict=True):
+            # Float32 through two layers, relative to the largest.
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        states = [layer.weight.quant_state for layer in self.layers(quantized)]
+        assert {state.dtype for state in states} == {torch.bfloat16}
