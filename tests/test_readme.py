@@ -1,0 +1,60 @@
+"""The README's Python, run as printed, on a run that knows nothing of this package."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_model, build_tokenizer
+from lightning.pytorch import LightningModule
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+PROMPTS = [f"{a}+{b}=" for a in range(16) for b in range(16)]
+
+
+class Run(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy, self.tokenizer = build_model(), build_tokenizer()
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.policy(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.randint(4, 40, (400, 8)), batch_size=4)
+
+
+def test_attaching_takes_ten_lines(tmp_path, monkeypatch):
+    [block] = [block for block in BLOCKS if "EntropyProbeCallback" in block]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    monkeypatch.chdir(tmp_path)
+    block = block.replace("num_sequences=256", "num_sequences=16").replace("max_steps=100", "max_steps=11")
+    module = Run()
+    module.max_new_tokens = 8
+    scope: dict[str, Any] = {"module": module, "evaluation_prompts": PROMPTS}
+    exec(block, scope)
+    assert [record["status"] for record in scope["probe"].records] == ["ok", "ok"]
+
+
+def test_by_hand(capsys):
+    [block] = [block for block in BLOCKS if "record_update" in block]
+    model = build_model(max_position_embeddings=128)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(4, 40, (4, 8))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    scope = {
+        "model": model,
+        "tokenizer": build_tokenizer(),
+        "optimizer": optimizer,
+        "evaluation_prompts": PROMPTS[:32],
+    }
+    exec(block, scope)
+    true = capsys.readouterr().out.split()[0]
+    assert float(true) == pytest.approx(scope["result"].taken.true.value, rel=1e-3)
