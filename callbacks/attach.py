@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
@@ -65,6 +66,26 @@ def find_tokenizer(trainer: Trainer, module: LightningModule, given: Any) -> Pre
         f"expected a tokenizer as {' or '.join(TOKENIZER_NAMES)} of {type(module).__name__} or its datamodule, got "
         "none: EntropyProbeCallback(tokenizer=...)"
     )
+
+
+def find_optimizer(trainer: Trainer, policy: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that holds the policy's trainable parameters.
+
+    Raises:
+        MisconfigurationException: if there is none, or more than one.
+    """
+    owned = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    holding = [
+        optimizer
+        for optimizer in trainer.optimizers
+        if any(id(parameter) in owned for group in optimizer.param_groups for parameter in group["params"])
+    ]
+    if len(holding) != 1:
+        raise MisconfigurationException(
+            f"expected one optimizer over the policy's trainable parameters ({len(owned)} of them), got {len(holding)} "
+            f"of the run's {len(trainer.optimizers)}"
+        )
+    return holding[0]
 
 
 def find_prompts(trainer: Trainer, given: list[str] | None) -> list[str]:

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.console import Console
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from entropy_pl.callbacks.attach import find_policy, find_prompts, find_tokenizer
+from entropy_pl.callbacks.attach import find_optimizer, find_policy, find_prompts, find_tokenizer
+from entropy_pl.callbacks.publish import prepare, publish, summarize
 from entropy_pl.callbacks.session import ProbeSession
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
 from entropy_pl.policy.tangents import Method
 from entropy_pl.probe import EntropyProbe, Precision
-from entropy_pl.reporting import (
-    Record,
-    RecordWriter,
-    add_margin_charts,
-    delta_entropy_figure,
-    eta_sweep_figure,
-    latest_per_step,
-    probe_table,
-    read_records,
-    scalars,
-)
+from entropy_pl.reporting import Record, RecordWriter
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -62,6 +51,7 @@ class EntropyProbeCallback(Callback):
         method: how derivatives are made: `auto`, `forward_mode` or `central_difference`.
         precision: `float32`, or `float64` for the whole forward pass of the probe.
         max_batch_tokens: padded tokens per micro-batch of the probe. None bounds the memory of the logits.
+        sample_batch_size: completions of the E-batch sampled at once. None takes up to 256.
         resample_prompts: draw other E prompts, seeded, at every probe.
         seed: of the E prompts and their completions.
         reward_metric: logged metric that stands beside each probe as its reward.
@@ -93,6 +83,7 @@ class EntropyProbeCallback(Callback):
         method: Method = "auto",
         precision: Precision = "float32",
         max_batch_tokens: int | None = None,
+        sample_batch_size: int | None = None,
         resample_prompts: bool = False,
         seed: int = 0,
         reward_metric: str = "train/reward",
@@ -109,6 +100,7 @@ class EntropyProbeCallback(Callback):
             "completions_per_prompt": completions_per_prompt,
             "seed": seed,
             "resample_prompts": resample_prompts,
+            "sample_batch_size": sample_batch_size,
         }
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
         self._options: dict[str, Any] = {
@@ -132,17 +124,60 @@ class EntropyProbeCallback(Callback):
         self._progress_bar = progress_bar
         self._session: ProbeSession | None = None
         self._handles: list[RemovableHandle] = []
-        self._pending: list[Record] = []
+        self._optimizer: torch.optim.Optimizer | None = None
         self._writer: RecordWriter | None = None
+        self._step: int | None = None  # of the watched optimizer, the next one, counted from 0
+        self._attempted = False  # a step has begun and has not ended
 
     @property
     def state_key(self) -> str:
-        """Tells two probes of one run apart."""
+        """Tells two probes of one run apart in a checkpoint."""
         return self._generate_state_key(every_n_steps=self.every_n_steps, policy=self._policy, **self._sampling)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps the watched optimizer has taken."""
+        return {"step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting where the checkpoint stopped."""
+        self._step = state_dict.get("step")
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step ``step``, counted from 0, is probed; override for another schedule."""
         return self.every_n_steps > 0 and step % self.every_n_steps == 0
+
+    def directory(self, trainer: Trainer) -> Path:
+        """Where records and figures go."""
+        if self._output_directory is not None:
+            return Path(self._output_directory)
+        return Path(trainer.log_dir or trainer.default_root_dir) / "entropy_probe"
+
+    def session_for(
+        self, policy: nn.Module, tokenizer: Any, prompts: list[str], temperature: float, max_new_tokens: int
+    ) -> ProbeSession:
+        """The probing of one run; ``temperature`` and ``max_new_tokens`` are the module's, used where none was given.
+
+        Raises:
+            MisconfigurationException: if the options do not fit the prompts, or the prompts the policy.
+        """
+        temperature = temperature if self._temperature is None else self._temperature
+        try:
+            return ProbeSession(
+                policy,
+                tokenizer,
+                prompts,
+                EntropyProbe(**self._options, temperature=temperature),
+                max_new_tokens=self._max_new_tokens or max_new_tokens,
+                **self._sampling,
+            )
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+
+    # -------------------------------------------------------------------------------------------- Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """A new run: nothing recorded, nothing counted."""
+        self.records, self._step, self._attempted = [], None, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what the probe needs, and refuse now rather than in an hour."""
@@ -161,93 +196,70 @@ class EntropyProbeCallback(Callback):
             getattr(pl_module, "temperature", 1.0),
             getattr(pl_module, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
         )
-        self._writer = RecordWriter(self.directory(trainer) / "records.jsonl")
-        self._watch(trainer, policy)
-        for writer in _tensorboard_writers(trainer.loggers):
-            add_margin_charts(writer)
+        self._writer = self._open_records(trainer)
+        self._optimizer = find_optimizer(trainer, policy)
+        self._handles = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            # the one place that sees the clipped gradients, the new θ and the learning rate that was used
+            self._optimizer.register_step_post_hook(lambda *_: self._after_step(trainer)),
+        ]
+        prepare(trainer.loggers)
 
-    def session_for(
-        self, policy: nn.Module, tokenizer: Any, prompts: list[str], temperature: float, max_new_tokens: int
-    ) -> ProbeSession:
-        """The probing of one run; ``temperature`` and ``max_new_tokens`` are the module's, used where none was given.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Without a count from a checkpoint, take the Trainer's, which counts the steps of all optimizers together."""
+        if self._step is None:
+            self._step = trainer.global_step if len(trainer.optimizers) == 1 else 0
 
-        Raises:
-            MisconfigurationException: if the options do not fit the prompts.
-        """
-        temperature = temperature if self._temperature is None else self._temperature
-        try:
-            return ProbeSession(
-                policy,
-                tokenizer,
-                prompts,
-                EntropyProbe(**self._options, temperature=temperature),
-                max_new_tokens=self._max_new_tokens or max_new_tokens,
-                **self._sampling,
-            )
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Note that a step begins: a gradient scaler may skip it, and then neither of the step's own hooks comes."""
+        if optimizer is self._optimizer:
+            self._close_skipped(trainer)
+            self._attempted = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        """Write and log what the batch's optimizer steps left behind."""
-        if self._session is not None and self._session.armed:
-            self._session.disarm()  # the watched step never came: a scaler skipped it
-        if self._pending:
-            reward = trainer.callback_metrics.get(self._reward_metric)
-            for record in self._pending:
-                record["reward"] = None if reward is None else float(reward)
-                self._publish(trainer, record)
-            self._pending.clear()
+        """A step that has not ended by now was skipped."""
+        self._close_skipped(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the probes as a table and a figure, and say where everything lies."""
         self._release()
-        if self._writer is not None and self.records and trainer.is_global_zero:
-            self._summarize(trainer)
+        if self._writer is not None and self.records:
+            with _whatever_happens("summarize the probes"):
+                summarize(self._writer.path, trainer.loggers)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the optimizer and of θ."""
         self._release()
 
-    def directory(self, trainer: Trainer) -> Path:
-        """Where records and figures go."""
-        if self._output_directory is not None:
-            return Path(self._output_directory)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "entropy_probe"
+    # ---------------------------------------------------------------------------------------------- around a step
 
-    def _watch(self, trainer: Trainer, policy: nn.Module) -> None:
-        """Hook into the optimizer that holds the policy's parameters.
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._session is not None and self._step is not None and self.is_due(self._step):
+            self._session.arm(optimizer)
 
-        Its post-hook is the one place that sees the clipped gradients, the new θ and the learning rate used.
-        """
-        owned = {id(parameter) for parameter in policy.parameters()}
-        holding = [
-            optimizer
-            for optimizer in trainer.optimizers
-            if any(id(p) in owned for group in optimizer.param_groups for p in group["params"])
-        ]
-        if len(holding) != 1:
-            raise MisconfigurationException(
-                f"expected one optimizer over the policy's parameters, got {len(holding)} of {len(trainer.optimizers)}"
-            )
+    def _after_step(self, trainer: Trainer) -> None:
+        if self._session is None or self._step is None:
+            return
+        step, self._step, self._attempted = self._step, self._step + 1, False
+        if self._session.armed:
+            self._keep(trainer, self._measure(step))
 
-        def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            if self._session is not None and self.is_due(trainer.global_step):
-                self._session.arm(optimizer)
-
-        def after_step(*_: Any) -> None:
-            if self._session is not None and self._session.armed:
-                self._pending.append(self._measure(trainer.global_step))
-
-        self._handles = [
-            holding[0].register_step_pre_hook(before_step),
-            holding[0].register_step_post_hook(after_step),
-        ]
+    def _close_skipped(self, trainer: Trainer) -> None:
+        if not self._attempted or self._session is None or self._step is None:
+            return
+        step, self._step, self._attempted = self._step, self._step + 1, False
+        if self.is_due(step):
+            self._keep(trainer, self._session.skipped(step))
+        self._session.disarm()
 
     def _measure(self, step: int) -> Record:
         assert self._session is not None
         # disable=None: quiet without a terminal. Position 1 leaves the Trainer's own bar alone.
         with tqdm(
             desc=f"entropy probe, step {step}",
+            total=self._session.passes,
             unit="pass",
             leave=False,
             position=1,
@@ -255,55 +267,51 @@ class EntropyProbeCallback(Callback):
         ) as bar:
 
             def advance(phase: str) -> None:
-                bar.set_postfix_str(phase)
+                bar.set_postfix_str(phase, refresh=False)
                 bar.update()
 
             return self._session.measure(step, advance)
 
-    def _publish(self, trainer: Trainer, record: Record) -> None:
+    def _keep(self, trainer: Trainer, record: Record) -> None:
+        """Write the record at once, so that nothing measured is lost with the run; then show it."""
         assert self._writer is not None
+        reward = trainer.callback_metrics.get(self._reward_metric)
+        record["reward"] = None if reward is None else float(reward)
         self.records.append(record)
-        self._writer.write(record)
-        for logger in trainer.loggers:
-            values = scalars(record)
-            if values:
-                logger.log_metrics(values, step=record["step"])
-            if record["status"] == "ok":
-                _log_figure(logger, "entropy_probe/eta_sweep", record)
+        with _whatever_happens(f"write the record of step {record['step']}"):
+            self._writer.write(record)
+        with _whatever_happens(f"log the probe of step {record['step']}"):
+            publish(record, trainer.loggers)
 
-    @rank_zero_only
-    def _summarize(self, trainer: Trainer) -> None:
-        assert self._writer is not None
+    def _open_records(self, trainer: Trainer) -> RecordWriter:
         directory = self.directory(trainer)
-        records = latest_per_step(read_records(self._writer.path))
-        picture = directory / "delta_entropy.png"
-        delta_entropy_figure(records).savefig(picture)
-        console = Console(soft_wrap=True)
-        console.print(probe_table(records))
-        console.print(f"records  {self._writer.path}\nfigure   {picture}", highlight=False)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                console.print(f"curves   tensorboard --logdir {logger.root_dir}", highlight=False)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, EntropyProbeCallback) and other is not self and other.every_n_steps:
+                raise MisconfigurationException(
+                    "expected one EntropyProbeCallback in a run, got two, whose tags would be the same: keep one, or "
+                    "turn the other off with every_n_steps=0"
+                )
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MisconfigurationException(
+                f"expected a folder for the probe's records that can be written to, got {directory}: {error}"
+            ) from error
+        return RecordWriter(directory / "records.jsonl")
 
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._optimizer = [], None
         if self._session is not None:
             self._session.disarm()
         self._session = None
 
 
-def _tensorboard_writers(loggers: Sequence[Logger]) -> list[Any]:
-    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def _log_figure(logger: Logger, tag: str, record: Record) -> None:
-    """Through whatever the logger has for pictures; one that has nothing gets the scalars alone."""
+@contextmanager
+def _whatever_happens(what: str) -> Iterator[None]:
+    """A full disk or a logger that is down must not end a training run."""
     try:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(tag, eta_sweep_figure(record), global_step=record["step"])
-        elif hasattr(logger, "log_image"):
-            logger.log_image(key=tag, images=[eta_sweep_figure(record)], step=record["step"])
-    except Exception as error:  # a picture is not worth a training run
-        warnings.warn(f"could not log the η-sweep of step {record['step']}: {error}", stacklevel=2)
+        yield
+    except Exception as error:
+        warnings.warn(f"could not {what}, training goes on. {type(error).__name__}: {error}", stacklevel=3)

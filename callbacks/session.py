@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from entropy_pl.policy.rng import isolated_rng
-from entropy_pl.policy.sample import sample_completions
+from entropy_pl.policy.sample import check_prompts, sample_completions
 from entropy_pl.probe import EntropyProbe
 from entropy_pl.reporting.records import SCHEMA, Record
 from entropy_pl.rollout import Rollout
@@ -38,9 +38,10 @@ class ProbeSession:
         max_new_tokens: longest completion.
         seed: of the choice of prompts and of their completions.
         resample_prompts: other prompts at every probe, instead of one set for the run.
+        sample_batch_size: completions sampled at once; None takes up to 256.
 
     Raises:
-        ValueError: if the numbers do not fit each other or the pool.
+        ValueError: if the numbers do not fit each other or the pool, or a prompt does not fit the model's context.
     """
 
     model: nn.Module
@@ -52,7 +53,9 @@ class ProbeSession:
     max_new_tokens: int = 256
     seed: int = 0
     resample_prompts: bool = False
+    sample_batch_size: int | None = None
     _recorder: UpdateRecorder | None = field(default=None, init=False, repr=False)
+    _failure: Exception | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.completions_per_prompt < 1 or self.num_sequences % self.completions_per_prompt:
@@ -68,20 +71,37 @@ class ProbeSession:
                 f"expected at least {needed} E prompts (num_sequences={self.num_sequences}, completions_per_prompt="
                 f"{self.completions_per_prompt}), got {len(self.prompts)}: give more prompts or lower num_sequences"
             )
+        check_prompts(self.model, self.tokenizer, self.prompts, self.max_new_tokens)
 
     @property
     def armed(self) -> bool:
         """Whether a step is being watched."""
-        return self._recorder is not None
+        return self._recorder is not None or self._failure is not None
+
+    @property
+    def passes(self) -> int:
+        """Passes over E that a probe takes, sampling counted as one."""
+        return self.probe.passes(lr=1.0) + 1
 
     def arm(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before the step: keep θ."""
-        self._recorder = UpdateRecorder(self.model, optimizer)
-        self._recorder.snapshot()
+        """Before the step: keep θ. What goes wrong here is recorded after the step, as a failed probe."""
+        self.disarm()
+        try:
+            self._recorder = UpdateRecorder(self.model, optimizer)
+            self._recorder.snapshot()
+        except Exception as error:
+            self._recorder, self._failure = None, error
 
     def disarm(self) -> None:
         """Let go of θ; a step that was watched and never came is forgotten."""
-        self._recorder = None
+        self._recorder = self._failure = None
+
+    def skipped(self, step: int) -> Record:
+        """The record of a step that was due and did not happen, and disarm."""
+        self.disarm()
+        return self._record(step, "skipped") | {
+            "message": "the optimizer's step was skipped (gradients that were not finite, under a gradient scaler)"
+        }
 
     def measure(self, step: int, on_pass: Callable[[str], None] = lambda phase: None) -> Record:
         """After the step: read it off, measure it and disarm.
@@ -93,10 +113,15 @@ class ProbeSession:
         Returns:
             A record (see :mod:`entropy_pl.reporting.records`) of status ``ok``, ``no_movement`` or ``failed``.
         """
-        record: Record = {"schema": SCHEMA, "kind": "probe", "step": step, "status": "ok", "message": None}
+        record = self._record(step, "ok")
         start = time.perf_counter()
         try:
-            record |= self._measured(step, on_pass)
+            if self._failure is not None:
+                raise self._failure
+            if self._recorder is None:
+                raise RuntimeError("no step is being watched: call arm() before the optimizer's step")
+            record["lr"] = self._recorder.read().lr
+            record |= self._measured(self._recorder, step, on_pass)
         except Exception as error:  # whatever goes wrong here must not end a training run
             record |= {"status": "failed", "message": f"{type(error).__name__}: {error}"}
             warnings.warn(f"entropy probe at step {step} failed, training goes on. {record['message']}", stacklevel=2)
@@ -110,14 +135,16 @@ class ProbeSession:
         stream = random.Random(f"{self.seed}, step {step}" if self.resample_prompts else f"{self.seed}")
         return stream.sample(self.prompts, self.num_sequences // self.completions_per_prompt)
 
-    def _measured(self, step: int, on_pass: Callable[[str], None]) -> Record:
-        if self._recorder is None:
-            raise RuntimeError("no step is being watched: call arm() before the optimizer's step")
-        update = self._recorder.read()
+    @staticmethod
+    def _record(step: int, status: str) -> Record:
+        return {"schema": SCHEMA, "kind": "probe", "step": step, "status": status, "message": None}
+
+    def _measured(self, recorder: UpdateRecorder, step: int, on_pass: Callable[[str], None]) -> Record:
+        update = recorder.update
         if not any(bool(direction.any()) for direction in update.direction.values()):
             message = "the step did not move the policy (a learning rate of zero, or no gradient)"
-            return {"status": "no_movement", "message": message, "lr": update.lr}
-        with self._recorder.at_theta_before():
+            return {"status": "no_movement", "message": message}
+        with recorder.at_theta_before():
             start = time.perf_counter()
             rollout = self._draw(step)
             sampling = time.perf_counter() - start
@@ -136,6 +163,7 @@ class ProbeSession:
                 num_completions=self.completions_per_prompt,
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.probe.temperature,
+                batch_size=self.sample_batch_size,
             )
 
 

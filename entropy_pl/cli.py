@@ -27,13 +27,11 @@ def main(args: Sequence[str] | None = None) -> None:
             environment variable ENTROPY_PL_TRACEBACK set, the error itself is raised.
     """
     _leave_out_what_nobody_can_act_on()
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    from entropy_pl.training import run_cli
+    from entropy_pl.training import UsageError, run_cli
 
     try:
         run_cli(args)
-    except (ValueError, MisconfigurationException, FileNotFoundError, ModuleNotFoundError) as error:
+    except UsageError as error:
         if os.environ.get(SHOW_TRACEBACK):
             raise
         print(f"entropy-pl: error: {error}\n(set {SHOW_TRACEBACK}=1 to see where)", file=sys.stderr)

@@ -24,6 +24,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -123,6 +124,8 @@ class GRPOModule(LightningModule):
             differ favours prompts of middling difficulty. A rollout without any advantage takes no optimizer step,
             unless it is kept and there is a KL term.
         max_resamples: rounds of resampling.
+        max_idle_rollouts: training stops, and says so, after this many rollouts in a row without an advantage: the
+            rewards are all equal, nothing is learnt, and `max_steps` would never come.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         optimizer: gets the trainable parameters, never the frozen base model.
         scheduler: of the learning rate, stepped once per optimizer step; None keeps it constant.
@@ -155,6 +158,7 @@ class GRPOModule(LightningModule):
         sample_batch_size: int | None = None,
         zero_advantage: ZeroAdvantage = "keep",
         max_resamples: int = 2,
+        max_idle_rollouts: int = 50,
         max_grad_norm: float | None = 1.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
         scheduler: LRSchedulerCallable | None = None,
@@ -164,7 +168,7 @@ class GRPOModule(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint lacks the frozen base; `on_load_checkpoint` asks for the rest
         self.save_hyperparameters(ignore=["policy", "optimizer", "scheduler"])
-        _check(updates_per_rollout, max_batch_tokens, max_grad_norm, seed)
+        _check(updates_per_rollout, max_batch_tokens, max_idle_rollouts, max_grad_norm, seed)
         group_advantages(torch.zeros(2), 2, advantage)  # refuses an unknown kind before anything is loaded
         reward = RewardSum(rewards, reward_weights)
         self.sampler = GroupSampler(
@@ -186,7 +190,8 @@ class GRPOModule(LightningModule):
         self.max_grad_norm = max_grad_norm
         self.optimizer, self.scheduler = optimizer, scheduler
         self.seed = seed
-        self.rollouts_done = 0
+        self.max_idle_rollouts = max_idle_rollouts
+        self.rollouts_done = self.idle_rollouts = 0
         self.metrics = nn.ModuleDict(
             {name: MeanMetric() for name in (*METRICS, *(f"reward_{name}" for name in reward.rewards))}
         )
@@ -243,13 +248,26 @@ class GRPOModule(LightningModule):
         seed = np.random.SeedSequence([self.seed, self.rollouts_done]).generate_state(1, np.uint64)
         with isolated_rng(int(seed[0])):
             training_batch = self._collect(batch)
+            self._count_idle(training_batch is None)
             if training_batch is not None:
                 old_logp = None
                 for _ in range(self.updates_per_rollout):
+                    if self.trainer.global_step == self.trainer.max_steps:
+                        break
                     logp = self._update(training_batch, old_logp)
                     old_logp = logp if old_logp is None else old_logp
         self.rollouts_done += 1
         self._log_metrics()
+
+    def _count_idle(self, idle: bool) -> None:
+        self.idle_rollouts = self.idle_rollouts + 1 if idle else 0
+        if self.idle_rollouts >= self.max_idle_rollouts:
+            rank_zero_warn(
+                f"training stops at optimizer step {self.trainer.global_step}: {self.idle_rollouts} rollouts in a row "
+                "had no group with different rewards. The task may be too hard or too easy for the policy, or its "
+                "entropy is gone; raise max_idle_rollouts to go on looking"
+            )
+            self.trainer.should_stop = True
 
     def _collect(self, batch: PromptBatch) -> TrainingBatch | None:
         """Answer the prompts, deal with groups that teach nothing, and prepare the loss; None: nothing to learn."""
@@ -394,7 +412,15 @@ class GRPOModule(LightningModule):
         return [f"model.{name}" for name in trainable_parameters(self.model)]
 
 
-def _check(updates_per_rollout: int, max_batch_tokens: int | None, max_grad_norm: float | None, seed: int) -> None:
+def _check(
+    updates_per_rollout: int,
+    max_batch_tokens: int | None,
+    max_idle_rollouts: int,
+    max_grad_norm: float | None,
+    seed: int,
+) -> None:
+    if max_idle_rollouts < 1:
+        raise ValueError(f"expected max_idle_rollouts of at least 1, got {max_idle_rollouts}")
     if updates_per_rollout < 1:
         raise ValueError(f"expected updates_per_rollout of at least 1, got {updates_per_rollout}")
     if max_batch_tokens is not None and max_batch_tokens < 1:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,14 +19,24 @@ from entropy_pl.estimators import (
     second_order_delta_entropy,
     snis_delta_entropy,
 )
+from entropy_pl.estimators.estimate import standard_error
 from entropy_pl.estimators.snis import Integrand, Measure, Normalize, Weighting
 from entropy_pl.policy.precision import evaluation, float64_evaluation
 from entropy_pl.policy.score import token_stats
-from entropy_pl.policy.tangents import Method, Tangents, resolve_method, tangents
+from entropy_pl.policy.tangents import Method, Tangents, tangents
 from entropy_pl.rollout import Rollout, TokenStats
 from entropy_pl.updates.vector import UpdateVector
 
 Precision = Literal["float32", "float64"]
+RECORDED_SETTINGS = (
+    "normalize",
+    "weighting",
+    "integrand",
+    "clip_log_weight",
+    "confidence",
+    "temperature",
+    "precision",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,13 +74,15 @@ class ProbeResult:
         first_order: ⟨∇H, v⟩, per unit η.
         second_order: v'∇²H v, per unit η².
         eta_star: 2|⟨∇H, v⟩|/|v'∇²H v|, the η at which first and second order are equal in size; None when there is
-            no curvature to speak of.
+            no curvature at all.
+        eta_star_stderr: its standard error, by the delta method on the influences of both.
         sweep: one :class:`SweepPoint` per η, in ascending order.
         lr: η of the step really taken.
         update_norm: ‖v‖.
         update_components: norm of each component of v, where the optimizer could be taken apart.
         update_gap: what the components leave unexplained, relative to ‖v‖.
-        method: how the tangents were made.
+        method: how the first derivatives were made.
+        difference_step: h of the central difference behind the derivatives, in η.
         seconds: wall time per phase.
         settings: the estimator's options, as given.
     """
@@ -79,12 +91,14 @@ class ProbeResult:
     first_order: EntropyChange
     second_order: EntropyChange
     eta_star: float | None
+    eta_star_stderr: float | None
     sweep: list[SweepPoint]
     lr: float
     update_norm: float
     update_components: dict[str, float] | None
     update_gap: float | None
     method: str
+    difference_step: float | None
     seconds: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -108,11 +122,13 @@ class ProbeResult:
             "first_order": self.first_order.to_dict(),
             "second_order": self.second_order.to_dict(),
             "eta_star": self.eta_star,
+            "eta_star_stderr": self.eta_star_stderr,
             "sweep": [point.to_dict() for point in self.sweep],
             "update_norm": self.update_norm,
             "update_components": self.update_components,
             "update_gap": self.update_gap,
             "method": self.method,
+            "difference_step": self.difference_step,
             "seconds": self.seconds,
             **self.settings,
         }
@@ -176,10 +192,9 @@ class EntropyProbe:
         """The precision a probe works in; draw the E-batch inside it, so that sampler and scorer agree."""
         return float64_evaluation(model) if self.precision == "float64" else evaluation(model)
 
-    def passes(self, model: nn.Module, lr: float) -> int:
-        """Forward passes over E that :meth:`measure` takes, forward mode counted as one."""
-        forward_mode = resolve_method(model, self.method) == "forward_mode" or self.precision == "float64"
-        return len(self.sweep_etas(lr)) + 3 + (1 if forward_mode else 0)
+    def passes(self, lr: float) -> int:
+        """Passes over E that :meth:`measure` takes: one for θ or forward mode, two for differences, one per η."""
+        return 3 + len(self.sweep_etas(lr))
 
     def measure(
         self,
@@ -208,7 +223,7 @@ class EntropyProbe:
         seconds: dict[str, float] = {}
         with self.evaluation(model):
             with _timed(seconds, "tangents", model):
-                tangent = self._tangents(model, rollout, update, on_pass)
+                tangent, curvature = self._tangents(model, rollout, update, on_pass)
             shared: dict[str, Any] = {
                 "normalize": self.normalize,
                 "integrand": self.integrand,
@@ -217,7 +232,7 @@ class EntropyProbe:
             }
             options = {**shared, "weighting": self.weighting}
             first = first_order_delta_entropy(tangent.base, tangent.first, **options)
-            second = second_order_delta_entropy(tangent.base, tangent.first, _present(tangent.second), **options)
+            second = second_order_delta_entropy(tangent.base, tangent.first, curvature, **options)
             sweep = []
             with _timed(seconds, "sweep", model):
                 for eta in self.sweep_etas(update.lr):
@@ -225,11 +240,13 @@ class EntropyProbe:
                     on_pass("sweep")
                     true = snis_delta_entropy(tangent.base, shifted, clip_log_weight=self.clip_log_weight, **options)
                     sweep.append(SweepPoint(eta, eta == update.lr, true, first.scaled(eta)))
+        eta_star, eta_star_stderr = _eta_star(first, second, clusters)
         return ProbeResult(
             entropy=entropy_estimate(tangent.base, **shared),
             first_order=first,
             second_order=second,
-            eta_star=2 * abs(first.value) / abs(second.value) if second.value else None,
+            eta_star=eta_star,
+            eta_star_stderr=eta_star_stderr,
             sweep=sweep,
             lr=update.lr,
             update_norm=update.norm(),
@@ -238,16 +255,9 @@ class EntropyProbe:
             else {name: UpdateVector(part, update.lr).norm() for name, part in update.components.items()},
             update_gap=update.gap(),
             method=tangent.method,
+            difference_step=tangent.step,
             seconds=seconds,
-            settings={
-                "normalize": self.normalize,
-                "weighting": self.weighting,
-                "integrand": self.integrand,
-                "clip_log_weight": self.clip_log_weight,
-                "confidence": self.confidence,
-                "temperature": self.temperature,
-                "precision": self.precision,
-            },
+            settings={name: getattr(self, name) for name in RECORDED_SETTINGS},
         )
 
     def _stats(self, model: nn.Module, rollout: Rollout, update: UpdateVector, eta: float) -> TokenStats:
@@ -262,7 +272,7 @@ class EntropyProbe:
 
     def _tangents(
         self, model: nn.Module, rollout: Rollout, update: UpdateVector, on_pass: Callable[[str], None]
-    ) -> Tangents:
+    ) -> tuple[Tangents, TokenStats]:
         """First and second derivatives: forward mode has no cheap second order, so differences supply it."""
 
         def made_by(method: Method, base: TokenStats | None) -> Tangents:
@@ -278,10 +288,11 @@ class EntropyProbe:
             )
 
         tangent = made_by(self.method, None)
-        if tangent.second is not None:
-            return tangent
-        second = made_by("central_difference", tangent.base).second
-        return Tangents(tangent.base, tangent.first, second, tangent.method, tangent.step)
+        if tangent.second is None:
+            differences = made_by("central_difference", tangent.base)
+            tangent = replace(tangent, second=differences.second, step=differences.step)
+        assert tangent.second is not None
+        return tangent, tangent.second
 
 
 def prompt_clusters(rollout: Rollout) -> Tensor | None:
@@ -291,9 +302,15 @@ def prompt_clusters(rollout: Rollout) -> Tensor | None:
     return clusters if int(clusters.max()) + 1 < len(rollout) else None
 
 
-def _present(second: TokenStats | None) -> TokenStats:
-    assert second is not None
-    return second
+def _eta_star(
+    first: EntropyChange, second: EntropyChange, clusters: Tensor | None
+) -> tuple[float | None, float | None]:
+    """η* = 2|a|/|b| and its standard error, from the influences of a and b (delta method)."""
+    if not first.value or not second.value:
+        return (0.0 if second.value else None), None
+    eta_star = 2 * abs(first.value) / abs(second.value)
+    influence = eta_star * (first.influence / first.value - second.influence / second.value)
+    return eta_star, standard_error(influence, clusters)[0]
 
 
 @contextmanager

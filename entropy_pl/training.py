@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from entropy_pl.callbacks import EntropyProbeCallback
 from entropy_pl.data.datamodule import PromptDataModule
@@ -20,8 +21,21 @@ from entropy_pl.version import __version__
 DESCRIPTION = "Train a language model with GRPO and measure what its optimizer steps do to the policy's entropy."
 
 
+class UsageError(Exception):
+    """Words, a config file or a setting that cannot be: what was expected, what came, what to do."""
+
+
 class EntropyCLI(LightningCLI):
-    """LightningCLI with a section ``probe`` of its own: ``--probe.every_n_steps 5``."""
+    """LightningCLI with a section ``probe`` of its own: ``--probe.every_n_steps 5``.
+
+    Args:
+        started: gets an element once training has begun.
+        arguments: LightningCLI's.
+    """
+
+    def __init__(self, started: list[bool], **arguments: Any) -> None:
+        self.started = started
+        super().__init__(**arguments)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -49,12 +63,14 @@ class EntropyCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A bar of tqdm's, below which the probe's own fits, unless another was asked for or none."""
-        callbacks = self._get(self.config_init, "trainer.callbacks", default=[]) or []
+        given = self._get(self.config_init, "trainer.callbacks", default=None) or []
+        callbacks = list(given) if isinstance(given, list) else [given]
+        callbacks.append(LambdaCallback(on_train_start=lambda *_: self.started.append(True)))
         if self._get(self.config_init, "trainer.enable_progress_bar") is not False and not any(
             isinstance(callback, ProgressBar) for callback in callbacks
         ):
-            kwargs["callbacks"] = [*callbacks, TQDMProgressBar()]
-        return super().instantiate_trainer(**kwargs)
+            callbacks.append(TQDMProgressBar())
+        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
 
     def _known_keys(self) -> list[str]:
         fit = self._subcommand_parsers["fit"]
@@ -81,10 +97,24 @@ def run_cli(args: Sequence[str] | None) -> None:
 
     Args:
         args: command-line words; None takes the process's own.
+
+    Raises:
+        UsageError: for what is wrong before training begins. Later errors come as they are, traceback and all.
     """
+    started: list[bool] = []
+    try:
+        _run(args, started)
+    except (ValueError, MisconfigurationException, OSError, ImportError) as error:
+        if started:
+            raise
+        raise UsageError(str(error)) from error
+
+
+def _run(args: Sequence[str] | None, started: list[bool]) -> None:
     EntropyCLI(
-        GRPOModule,
-        PromptDataModule,
+        started,
+        model_class=GRPOModule,
+        datamodule_class=PromptDataModule,
         seed_everything_default=0,
         auto_configure_optimizers=False,  # the module takes its own, over the trainable parameters
         save_config_kwargs={"overwrite": True},

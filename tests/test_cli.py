@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from entropy_pl.cli import main
 from entropy_pl.reporting import read_records
@@ -99,6 +100,7 @@ def test_help_says_what_each_key_means(capsys):
         (["--probe.num_sequences=257"], "expected at least 257 E prompts"),
         (["--probe.weighting=token"], "'prefix', 'sequence'"),
         (["--model.rewards=[formats]"], "format"),
+        (["--model.policy.name=foo/bar"], "expected foo/bar"),
     ],
 )
 def test_bad_words_are_answered_on_one_screen(short_run, capsys, words, message):
@@ -106,6 +108,13 @@ def test_bad_words_are_answered_on_one_screen(short_run, capsys, words, message)
     assert message in out
     assert "Traceback" not in out
     assert len(out.splitlines()) < 20
+
+
+def test_a_callback_of_the_users_own_is_kept(short_run, tmp_path):
+    """Lightning accepts a single callback as well as a list of them."""
+    main([*short_run, "--trainer.callbacks=LearningRateMonitor", "--trainer.max_steps=1", "--model.kl_coefficient=0.1"])
+    [events] = tmp_path.rglob("events.out.tfevents.*")
+    assert any("lr-" in tag for tag in EventAccumulator(str(events)).Reload().Tags()["scalars"])
 
 
 def test_an_unknown_config_key_is_named(short_run, tmp_path, capsys):

@@ -230,6 +230,18 @@ def test_several_updates_per_rollout(make: Callable[..., GRPOModule]) -> None:
     assert logged(first, "entropy") == logged(second, "entropy")  # of the sampling θ
 
 
+def test_a_run_that_learns_nothing_ends_and_says_why(make: Callable[..., GRPOModule]) -> None:
+    """Every reward is equal, so that no optimizer step is ever taken and max_steps never comes."""
+    module = make(rewards=["numeric_answer"], max_idle_rollouts=4)
+    with pytest.warns(UserWarning, match="training stops at optimizer step 0: 4 rollouts in a row had no group"):
+        trainer = fit(module, BATCHES[:1] * 50, max_steps=10)
+    assert (trainer.global_step, module.rollouts_done) == (0, 4)
+
+
+def test_max_steps_is_not_overshot(make: Callable[..., GRPOModule]) -> None:
+    assert fit(make(updates_per_rollout=2), BATCHES, max_steps=3).global_step == 3
+
+
 def test_entropy_is_that_of_the_policy(make: Callable[..., GRPOModule], tiny_model: Any) -> None:
     # the tiny policy is close to uniform over its vocabulary of V tokens
     V = tiny_model.config.vocab_size

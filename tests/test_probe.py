@@ -92,6 +92,31 @@ def test_eta_star_is_where_the_parabola_doubles_the_line(enumeration, rollout):
     assert abs(result.second_order.value) * eta**2 / 2 == pytest.approx(abs(result.first_order.value) * eta)
 
 
+@pytest.mark.parametrize("method", ["forward_mode", "central_difference"])
+def test_passes_are_announced_in_forward_mode_too(enumeration, rollout, method):
+    passes: list[str] = []
+    probe, update = EntropyProbe(method=method, precision="float64"), update_of(enumeration, 0.1)
+    probe.measure(enumeration.model, rollout.select(torch.arange(0, N, 50)), update, on_pass=passes.append)
+    assert len(passes) == probe.passes(update.lr)
+
+
+def test_error_of_eta_star_is_the_jackknife_s(enumeration, rollout):
+    """Over twelve groups of sequences left out in turn; groups of 25 are enough for the delta method."""
+    rows, update = torch.arange(0, N, 10), update_of(enumeration, 0.1)
+    groups = torch.arange(len(rows)) % 12
+    probe = EntropyProbe(eta_multipliers=())
+
+    def eta_star(keep: torch.Tensor, clusters: torch.Tensor) -> tuple[float, float]:
+        result = probe.measure(enumeration.model, rollout.select(keep), update, clusters=clusters)
+        return result.eta_star, result.eta_star_stderr
+
+    stderr = eta_star(rows, groups)[1]
+    left_out = [eta_star(rows[groups != g], groups[groups != g])[0] for g in range(12)]
+    mean = sum(left_out) / 12
+    jackknife = math.sqrt(11 / 12 * sum((x - mean) ** 2 for x in left_out))
+    assert stderr == pytest.approx(jackknife, rel=0.15)  # they differ at the order of 1/12
+
+
 def test_float32_and_float64_agree_to_the_error_of_float32(enumeration, rollout):
     part, update = rollout.select(torch.arange(0, N, 12)), update_of(enumeration, 0.1)
     single, double = (
@@ -117,7 +142,7 @@ def test_every_pass_is_announced(enumeration, rollout):
     probe, update = EntropyProbe(etas=[0.01]), update_of(enumeration, 0.1)
     probe.measure(enumeration.model, rollout.select(torch.arange(0, N, 50)), update, on_pass=passes.append)
     assert passes == ["tangents"] * 3 + ["sweep"] * 4  # θ, +h, −h, then 0.01, 0.05, 0.1, 0.2
-    assert len(passes) == probe.passes(enumeration.model, update.lr)
+    assert len(passes) == probe.passes(update.lr)
 
 
 def test_equal_prompts_share_a_cluster(rollout):

@@ -7,7 +7,7 @@ their noise and differ by curvature alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -206,14 +206,11 @@ def _self_normalized_total(log_weight: Tensor, x: Tensor) -> tuple[Tensor, Tenso
 
 
 def _weight_health(log_ratio: Tensor, mask: Tensor, measure: Measure) -> dict[str, float]:
-    """Effective sample sizes, the largest log weight and the clipped share."""
-    cumulative = log_ratio.cumsum(1)
-    in_use = mask if measure.weighting == "prefix" else torch.zeros_like(mask)
-    in_use = in_use.clone()
-    in_use[:, -1] = True  # the full-sequence weight is always among them
-    used = cumulative if measure.weighting == "prefix" else cumulative[:, -1:].expand_as(cumulative)
-    magnitude = used[in_use].abs()
+    """Effective sample sizes, the largest log weight and the clipped share of those that multiply an integrand."""
     bound = measure.clip_log_weight
+    log_weight, _ = replace(measure, clip_log_weight=None).log_weights(log_ratio)
+    magnitude = (log_weight[mask] if measure.weighting == "prefix" else log_weight[:, 0]).abs()
+    cumulative = log_ratio.cumsum(1)
     if bound is not None:
         cumulative = cumulative.clamp(-bound, bound)
     weight = (cumulative - cumulative.amax(0)).exp()

@@ -125,6 +125,17 @@ def sample_completions(
     return Rollout(prompt_ids, prompt_mask, completion_ids[:, :width], completion_mask[:, :width])
 
 
+def check_prompts(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
+) -> None:
+    """Refuse prompts that :func:`sample_completions` would refuse, before anything is sampled.
+
+    Raises:
+        ValueError: if a prompt has no token, or prompt and completion do not fit the model's context.
+    """
+    _check_context(_generating_model(model), _tokenize(tokenizer, prompts), max_new_tokens)
+
+
 def decode_completions(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
     """The completions as text, ``[N]`` strings: masked positions and special tokens left out."""
     return [

@@ -54,8 +54,10 @@ def token_stats(
 
     Raises:
         NonFiniteError: if a logit is NaN or +inf.
-        ValueError: for a temperature or token budget that is not positive.
+        ValueError: for a temperature or token budget that is not positive, or an eta without an update.
     """
+    if eta != 0 and update is None:
+        raise ValueError(f"expected an update to go with eta={eta:g}, got none: token_stats(..., update=v, eta=...)")
     with evaluation(model), torch.no_grad():
         if update is not None and eta != 0:
             with displaced(model, update, eta):
@@ -126,6 +128,29 @@ def logits_to_stats(logits: Tensor, targets: Tensor, temperature: float, dtype: 
     z = z.clamp(min=torch.finfo(dtype).min)  # 0 · log 0 = 0
     entropy = log_z - ((z - log_z[:, None]).exp() * z).sum(-1)
     return logp, entropy
+
+
+def chunked_stats(logits: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As :func:`logits_to_stats`, a bounded number of rows at a time: ``dtype`` may be wider than the logits'."""
+    rows = max(1, HEAD_CHUNK_BYTES // (dtype.itemsize * logits.shape[-1]))
+    chunks = zip(logits.split(rows), targets.split(rows), strict=True)
+    parts = [logits_to_stats(chunk, target, temperature, dtype) for chunk, target in chunks]
+    logp, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+    return logp, entropy
+
+
+def check_finite(logp: Tensor, entropy: Tensor) -> None:
+    """Refuse statistics made of logits that are NaN or infinite.
+
+    Raises:
+        NonFiniteError: with how many tokens they are.
+    """
+    bad = ~torch.isfinite(logp + entropy)
+    if bad.any():
+        raise NonFiniteError(
+            f"expected finite logits, got NaN or infinity at {int(bad.sum())} of {len(logp)} completion tokens: the "
+            "policy has diverged, or this step was too long for it"
+        )
 
 
 def micro_batches(rollout: Rollout, max_batch_tokens: int) -> list[Tensor]:
@@ -224,16 +249,9 @@ def _scored(
         raise ValueError(f"expected a temperature > 0, got {temperature}")
 
     def score(part: Rollout) -> tuple[Tensor, Tensor]:
-        logits, targets = completion_logits(model, part), part.completion_ids[part.completion_mask]
-        rows = max(1, HEAD_CHUNK_BYTES // (dtype.itemsize * logits.shape[-1]))
-        chunks = zip(logits.split(rows), targets.split(rows), strict=True)
-        parts = [logits_to_stats(chunk, target, temperature, dtype) for chunk, target in chunks]
-        logp, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
-        if not torch.isfinite(logp.sum() + entropy.sum()):
-            raise NonFiniteError(
-                f"expected finite logits, got NaN or infinity at {int((~torch.isfinite(logp + entropy)).sum())} of "
-                f"{len(logp)} completion tokens: the policy has diverged, or this step was too long for it"
-            )
+        targets = part.completion_ids[part.completion_mask]
+        logp, entropy = chunked_stats(completion_logits(model, part), targets, temperature, dtype)
+        check_finite(logp, entropy)
         return logp, entropy
 
     logp, entropy = over_micro_batches(model, rollout, score, outputs=2, max_batch_tokens=max_batch_tokens)

@@ -15,8 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from entropy_pl.policy.precision import evaluation, quantized_layers
 from entropy_pl.policy.score import (
     NonFiniteError,
+    check_finite,
+    chunked_stats,
     completion_logits,
-    logits_to_stats,
     model_device,
     over_micro_batches,
     token_stats,
@@ -191,9 +192,10 @@ def _forward_mode(
         def at(theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             caller = _LogitsOf(model, part)
             logits = functional_call(caller, {f"model.{name}": value for name, value in theta.items()}, ())
-            return logits_to_stats(logits, part.completion_ids[part.completion_mask], temperature, dtype)
+            return chunked_stats(logits, part.completion_ids[part.completion_mask], temperature, dtype)
 
         (logp, entropy), (logp_dot, entropy_dot) = jvp(at, (primal,), (tangent,))[:2]
+        check_finite(logp, entropy)
         return logp, entropy, logp_dot, entropy_dot
 
     # The fused attention kernels have no forward-mode derivative.

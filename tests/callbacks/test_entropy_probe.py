@@ -14,6 +14,7 @@ import torch
 from conftest import build_model, build_tokenizer
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,8 +25,8 @@ from entropy_pl.callbacks.session import seed_of_step
 from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.policy.sample import sample_completions
 from entropy_pl.probe import EntropyProbe
-from entropy_pl.reporting import read_records
-from entropy_pl.updates import record_update
+from entropy_pl.reporting import RecordWriter, read_records
+from entropy_pl.updates import UpdateRecorder, record_update
 
 PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(6)]
 LR = 1e-2
@@ -243,6 +244,126 @@ def test_non_finite_logits_are_recorded_and_training_goes_on(tmp_path):
     assert json.loads((Path(trainer.log_dir) / "entropy_probe/records.jsonl").read_text().splitlines()[-1])
 
 
+def test_two_optimizers_are_told_apart(tmp_path):
+    """Counted are the steps of the policy's optimizer, whatever others step in between."""
+
+    class WithCritic(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.critic = nn.Linear(1, 1)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            critic, actor = self.optimizers()
+            for optimizer, loss in ((critic, self.critic(torch.ones(1, 1)).sum()), (actor, None)):
+                optimizer.zero_grad()
+                self.manual_backward(self.policy(input_ids=batch, labels=batch).loss if loss is None else loss)
+                optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            trainable = [p for p in self.policy.parameters() if p.requires_grad]
+            return [torch.optim.SGD(self.critic.parameters(), lr=0.1), torch.optim.AdamW(trainable, lr=LR)]
+
+    callback = probe()
+    fit(WithCritic(), tmp_path, callback, steps=12, gradient_clip_val=None)
+    assert [(r["step"], r["status"], r["lr"]) for r in callback.records] == [(n, "ok", LR) for n in (0, 2, 4)]
+
+
+def test_an_optimizer_lightning_does_not_see_step_is_counted(tmp_path):
+    class Raw(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(self.policy(input_ids=batch, labels=batch).loss)
+            optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.policy.parameters() if p.requires_grad], lr=LR)
+
+    callback = probe(every_n_steps=5)
+    fit(Raw(), tmp_path, callback, max_epochs=1, steps=-1, gradient_clip_val=None)
+    assert [r["step"] for r in callback.records] == [0, 5, 10, 15]
+
+
+def test_accumulated_batches_are_one_step(tmp_path):
+    callback = probe()
+    fit(ForeignModule(), tmp_path, callback, steps=5, accumulate_grad_batches=3)
+    assert [r["step"] for r in callback.records] == [0, 2, 4]
+
+
+def test_a_step_skipped_by_the_scaler_is_recorded_as_skipped(tmp_path):
+    """A loss scale that overflows: the first steps are skipped, and counted."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    callback = probe(every_n_steps=1)
+    trainer = fit(ForeignModule(), tmp_path, callback, plugins=[plugin], gradient_clip_val=None)
+    assert [r["step"] for r in callback.records] == list(range(trainer.global_step))
+    statuses = [r["status"] for r in callback.records]
+    assert statuses[0] == "skipped"
+    assert statuses[-1] == "ok"
+    assert "gradient scaler" in callback.records[0]["message"]
+
+
+def test_a_resumed_run_goes_on_counting(tmp_path):
+    """Stopped after 3 steps and resumed: step 4 is probed, as in the uninterrupted run."""
+    first = fit(ForeignModule(), tmp_path, probe(), steps=3)
+    first.save_checkpoint(tmp_path / "at3.ckpt")
+    again = probe()
+    trainer = Trainer(
+        max_steps=6,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[again],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(ForeignModule(), ckpt_path=tmp_path / "at3.ckpt")
+    assert [r["step"] for r in again.records] == [4]
+
+
+def test_what_goes_wrong_before_the_step_is_recorded_too(tmp_path, monkeypatch):
+    def out_of_memory(self: Any) -> None:
+        raise torch.OutOfMemoryError("no room for a copy of θ")
+
+    monkeypatch.setattr(UpdateRecorder, "snapshot", out_of_memory)
+    callback = probe()
+    with pytest.warns(UserWarning, match="OutOfMemoryError: no room for a copy of θ"):
+        trainer = fit(ForeignModule(), tmp_path, callback)
+    assert trainer.global_step == 6
+    assert [r["status"] for r in callback.records] == ["failed"] * 3
+
+
+def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch):
+    def full(self: Any, record: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    callback = probe()
+    with pytest.warns(UserWarning, match="could not write the record of step 2, training goes on. OSError"):
+        trainer = fit(ForeignModule(), tmp_path, callback)
+    assert trainer.global_step == 6
+    assert len(callback.records) == 3  # still at hand, for whoever holds the callback
+
+
+def test_a_record_is_on_disk_as_soon_as_it_is_measured(tmp_path):
+    class Dies(ForeignModule):
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.trainer.global_step == 3:
+                raise KeyError("something of the user's own")
+
+    callback = probe()
+    with pytest.raises(KeyError):
+        fit(Dies(), tmp_path, callback)
+    [path] = tmp_path.rglob("records.jsonl")
+    assert [r["step"] for r in read_records(path)] == [0, 2]
+
+
 def test_every_n_steps_zero_is_off(tmp_path):
     callback = EntropyProbeCallback(every_n_steps=0)  # needs no prompts, no policy
     fit(ForeignModule(), tmp_path, callback)
@@ -280,11 +401,18 @@ class NoTokenizer(ForeignModule):
         (ForeignModule, {"num_sequences": 99}, "at least 99 E prompts .* got 36"),
         (ForeignModule, {"num_sequences": 16, "completions_per_prompt": 3}, "multiple of completions_per_prompt"),
         (ForeignModule, {"num_sequences": 1}, "at least 2 E prompts"),
+        (ForeignModule, {"prompts": [*PROMPTS, "1" * 70]}, "context of 64 tokens, got 70 prompt tokens"),
+        (ForeignModule, {"output_directory": __file__}, "a folder for the probe's records that can be written to"),
     ],
 )
 def test_bad_attachments_are_refused_before_the_first_step(tmp_path, module, options, message):
     with pytest.raises(MisconfigurationException, match=message):
         fit(module(), tmp_path, probe(**options))
+
+
+def test_two_probes_in_one_run_are_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="expected one EntropyProbeCallback in a run, got two"):
+        fit(ForeignModule(), tmp_path, probe(), probe(seed=1))
 
 
 def test_a_named_policy_among_two_is_probed(tmp_path):

@@ -161,6 +161,10 @@ def test_weight_health_by_hand():
     assert whole.max_abs_log_weight == pytest.approx(math.log(3))
     clipped = snis_delta_entropy(base, shifted, weighting="sequence", clip_log_weight=math.log(2.5))
     assert clipped.clip_fraction == 0.5
+    # by prefix, h_i0 is weighed by 1 and h_i1 by the ratio of token 0: 1 and 2; the last token's ratio is never used
+    assert prefix.max_abs_log_weight == pytest.approx(math.log(2))
+    by_prefix = snis_delta_entropy(base, shifted, weighting="prefix", clip_log_weight=math.log(1.5))
+    assert by_prefix.clip_fraction == 0.25
     assert clipped.ess == pytest.approx((2.5 + 2) ** 2 / (2.5**2 + 4))
 
 

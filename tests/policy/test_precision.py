@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from entropy_pl.policy.load import load_policy
 from entropy_pl.policy.precision import evaluation, evaluation_mode, float64_evaluation, quantized_layers
+from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.policy.score import token_stats
 from entropy_pl.policy.settings import LoraSettings
 from entropy_pl.policy.tangents import token_stats_jvp
@@ -305,7 +306,8 @@ def quantized(tmp_path, tiny_model_factory, tiny_tokenizer):
     """A tiny nf4 policy that computes in bfloat16, with an adapter that says something."""
     tiny_model_factory(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    model, _ = load_policy(str(tmp_path), quantization="nf4", dtype="bfloat16", lora=LoraSettings(rank=4))
+    with isolated_rng(0):  # a new adapter is drawn at random
+        model, _ = load_policy(str(tmp_path), quantization="nf4", dtype="bfloat16", lora=LoraSettings(rank=4))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
