@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# one worker a core; the tests give torch one thread each
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadscope
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -23,10 +25,10 @@ demo: install  ## train a small policy with GRPO and measure its entropy change
 	$(BIN)/entropy-pl fit --config configs/quickstart.yaml
 
 test: install lint  ## lint, check types and run the default tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: install  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-seeds: install  ## does GRPO raise the demo's reward on three seeds?
 	ENTROPY_PL_DEMO_SEEDS=0,1,2 $(BIN)/python -m pytest -m slow tests/test_demo.py
