@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from conftest import build_model
+from tiny import build_model
 from torch import Tensor, nn
 
 from entropy_pl.policy.precision import float64_evaluation

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model, build_tokenizer
 from lightning.pytorch import LightningModule
+from tiny import build_model, build_tokenizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)

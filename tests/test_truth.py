@@ -71,7 +71,7 @@ def test_one_step_against_fresh_samples(policy, prompts):
 
     The step is one of AdamW's on the mean entropy of a batch, so that there is a change to see.
     """
-    optimizer = torch.optim.AdamW(trainable_parameters(policy.model).values(), lr=2e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable_parameters(policy.model).values(), lr=4e-3, weight_decay=0.0)
     with isolated_rng(1):
         update_batch = sample_completions(
             policy.model, policy.tokenizer, prompts.e_prompts[-16:], max_new_tokens=TOKENS

@@ -81,7 +81,7 @@ def test_own_function_and_default_weights():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((["formats"],), r"\['format', 'numeric_answer'\], got 'formats'; did you mean 'format'\?"),
+        ((["formats"],), r"got 'formats'; did you mean 'format'\?"),
         ((["format"], [1, 2]), r"one weight per reward \['format'\], got \[1, 2\]"),
         ((["format"], []), r"one weight per reward \['format'\], got \[\]"),
         ((["format", "format"],), "each once"),

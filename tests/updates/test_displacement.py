@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import build_model
+from tiny import build_model
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
