@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from entropy_pl.callbacks import EntropyProbeCallback
 from entropy_pl.data.datamodule import PromptDataModule
 from entropy_pl.grpo import GRPOModule
+from entropy_pl.registry import did_you_mean
 from entropy_pl.version import __version__
 
 DESCRIPTION = "Train a language model with GRPO and measure what its optimizer steps do to the policy's entropy."
@@ -81,15 +81,10 @@ def _with_suggestion(message: str, keys: list[str]) -> str:
     unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", message)
     if unknown is None:
         return message
-    nearest = difflib.get_close_matches(unknown[1], keys, n=1, cutoff=0.8)
+    nearest = did_you_mean(unknown[1], keys, cutoff=0.8)
     section = [key for key in keys if key.startswith(unknown[1].rpartition(".")[0] + ".")]
-    if nearest:
-        hint = f"did you mean '{nearest[0]}'?"
-    elif section:
-        hint = f"expected one of {', '.join(section)}"
-    else:
-        hint = "`entropy-pl fit --help` lists what there is"
-    return f"unknown key '{unknown[1]}': {hint}"
+    expected = f"expected one of {', '.join(section)}" if section else "`entropy-pl fit --help` lists what there is"
+    return f"unknown key '{unknown[1]}'{nearest or f': {expected}'}"
 
 
 def run_cli(args: Sequence[str] | None) -> None:

@@ -91,7 +91,7 @@ def test_help_says_what_each_key_means(capsys):
     ("words", "message"),
     [
         (["--probe.frequency=5"], "unknown key 'probe.frequency': expected one of probe.prompts, "),
-        (["--probe.num_seqences=5"], "unknown key 'probe.num_seqences': did you mean 'probe.num_sequences'?"),
+        (["--probe.num_seqences=5"], "unknown key 'probe.num_seqences'; did you mean 'probe.num_sequences'?"),
         (["--model.loss_type=ppo"], "'grpo', 'dr_grpo', 'dapo', 'bnpo'"),
         (["--model.num_generations=1"], "at least 2"),
         (["--data.dataset=gsm9k"], "gsm8k_r1_template"),
@@ -121,4 +121,4 @@ def test_an_unknown_config_key_is_named(short_run, tmp_path, capsys):
     config = tmp_path / "bad.yaml"
     config.write_text("probe:\n  num_sequence: 5\n")
     out = shown_by(capsys, *short_run, f"--config={config}", status=2)
-    assert "unknown key 'probe.num_sequence': did you mean 'probe.num_sequences'?" in out
+    assert "unknown key 'probe.num_sequence'; did you mean 'probe.num_sequences'?" in out

@@ -12,7 +12,7 @@ import entropy_pl
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # the ground floor first
-    ("version", "rollout", "updates", "data"),
+    ("version", "registry", "rollout", "updates", "data"),
     ("estimators", "objectives", "policy"),
     ("groups", "grpo"),
     ("probe",),

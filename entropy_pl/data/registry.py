@@ -9,10 +9,11 @@ A dataset of one's own is one decorated function, in any module that is imported
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+from entropy_pl.registry import Registry
 
 QUESTION_FIELD = "{question}"
 R1_TEMPLATE = "Question: {question}\nResponse: <think>"
@@ -42,7 +43,7 @@ class PromptDataset:
     template: str
 
 
-_DATASETS: dict[str, PromptDataset] = {}
+_DATASETS: Registry[PromptDataset] = Registry("dataset")
 
 
 def check_template(template: str) -> str:
@@ -72,14 +73,12 @@ def register_dataset(name: str, *, template: str) -> Callable[[DatasetLoader], D
         A decorator that returns the loader unchanged.
 
     Raises:
-        ValueError: if the name is taken by another loader, or the template has no ``{question}``.
+        ValueError: if the name is taken by another dataset, or the template has no ``{question}``.
     """
     check_template(template)
 
     def register(loader: DatasetLoader) -> DatasetLoader:
-        if name in _DATASETS and _DATASETS[name].load is not loader:
-            raise ValueError(f"expected a new dataset name, got {name!r}, which is registered already")
-        _DATASETS[name] = PromptDataset(name, loader, template)
+        _DATASETS.add(name, PromptDataset(name, loader, template))
         return loader
 
     return register
@@ -87,7 +86,7 @@ def register_dataset(name: str, *, template: str) -> Callable[[DatasetLoader], D
 
 def available_datasets() -> list[str]:
     """Registered names, sorted."""
-    return sorted(_DATASETS)
+    return _DATASETS.names()
 
 
 def get_dataset(name: str) -> PromptDataset:
@@ -96,8 +95,4 @@ def get_dataset(name: str) -> PromptDataset:
     Raises:
         ValueError: if the name is not registered; the message names the nearest one and all there are.
     """
-    if name not in _DATASETS:
-        nearest = difflib.get_close_matches(name, _DATASETS, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"expected a dataset out of {available_datasets()}, got {name!r}{hint}")
-    return _DATASETS[name]
+    return _DATASETS.get(name)

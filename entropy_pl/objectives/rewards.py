@@ -10,7 +10,6 @@ A completion goes on from a prompt that ends in ``<think>``, so a good one reads
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from entropy_pl.data.numbers import parse_number
+from entropy_pl.registry import Registry
 
 Reward = Callable[[str, str], float]
 
@@ -25,7 +25,7 @@ _TAG = r"</?(?:think|answer)>"
 _WELL_FORMED = re.compile(rf"(?:(?!{_TAG}).)*</think>\s*<answer>((?:(?!{_TAG}).)*)</answer>\s*", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
-_REWARDS: dict[str, Reward] = {}
+_REWARDS: Registry[Reward] = Registry("reward")
 
 
 def register_reward(name: str) -> Callable[[Reward], Reward]:
@@ -36,9 +36,7 @@ def register_reward(name: str) -> Callable[[Reward], Reward]:
     """
 
     def register(reward: Reward) -> Reward:
-        if name in _REWARDS and _REWARDS[name] is not reward:
-            raise ValueError(f"expected a new reward name, got {name!r}, which is registered already")
-        _REWARDS[name] = reward
+        _REWARDS.add(name, reward)
         return reward
 
     return register
@@ -46,7 +44,7 @@ def register_reward(name: str) -> Callable[[Reward], Reward]:
 
 def available_rewards() -> list[str]:
     """Registered names, sorted."""
-    return sorted(_REWARDS)
+    return _REWARDS.names()
 
 
 def get_reward(name: str) -> Reward:
@@ -55,11 +53,7 @@ def get_reward(name: str) -> Reward:
     Raises:
         ValueError: if the name is not registered; the message names the nearest one and all there are.
     """
-    if name not in _REWARDS:
-        nearest = difflib.get_close_matches(name, _REWARDS, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"expected a reward out of {available_rewards()}, got {name!r}{hint}")
-    return _REWARDS[name]
+    return _REWARDS.get(name)
 
 
 @register_reward("format")

@@ -10,11 +10,12 @@ Anyone can add one::
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from entropy_pl.registry import did_you_mean
 
 BackboneSource = str | Callable[[], str | Path]
 
@@ -81,8 +82,7 @@ def locate_backbone(name: str) -> ModelLocation:
         return ModelLocation(str(_checked_folder(folder)), is_local=True)
     if _HUB_NAME.fullmatch(source):
         return ModelLocation(source, is_local=False)
-    nearest = difflib.get_close_matches(name, _REGISTRY, n=1, cutoff=0.4)
-    suggestion = f"; did you mean {nearest[0]!r}?" if nearest else ";"
+    suggestion = did_you_mean(name, _REGISTRY, cutoff=0.4) or ";"
     raise ValueError(
         f"expected a model folder, a hub name 'owner/repository' or a backbone key, got {name!r}: there is no such "
         f"folder and no such key{suggestion} Available keys: {', '.join(available_backbones())}"

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from entropy_pl.data import PromptExample, available_datasets, get_dataset, register_dataset, registry
@@ -5,7 +7,7 @@ from entropy_pl.data import PromptExample, available_datasets, get_dataset, regi
 
 @pytest.fixture
 def own_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_DATASETS", dict(registry._DATASETS))
+    monkeypatch.setattr(registry, "_DATASETS", copy.deepcopy(registry._DATASETS))
 
 
 def load_spiders(split, *, path, size, seed):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from entropy_pl.objectives import RewardSum, available_rewards, get_reward, register_reward, rewards
@@ -101,7 +103,7 @@ def test_bad_calls():
 
 
 def test_register(monkeypatch):
-    monkeypatch.setattr(rewards, "_REWARDS", dict(rewards._REWARDS))
+    monkeypatch.setattr(rewards, "_REWARDS", copy.deepcopy(rewards._REWARDS))
     register_reward("always")(lambda completion, answer: 1.0)
     assert "always" in available_rewards()
     with pytest.raises(ValueError, match="'always', which is registered already"):
