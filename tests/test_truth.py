@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
 
-from entropy_pl import EntropyProbe, GRPOModule, PromptDataModule, load_policy, token_stats
+from entropy_pl import EntropyProbe, PromptDataModule, Rollout, load_policy, token_stats
 from entropy_pl.callbacks import EntropyProbeCallback
 from entropy_pl.estimators import EntropyChange, entropy_estimate
 from entropy_pl.policy import LoraSettings, Policy, trainable_parameters
@@ -34,9 +35,7 @@ def policy(shared_dir: Path) -> Policy:
 
 @pytest.fixture
 def prompts(shared_dir: Path) -> PromptDataModule:
-    return PromptDataModule(
-        "gsm8k_r1_template", dataset_path=str(shared_dir / "data/gsm8k"), e_size=768, batch_size=4, seed=0
-    )
+    return PromptDataModule("gsm8k_r1_template", dataset_path=str(shared_dir / "data/gsm8k"), e_size=512, seed=0)
 
 
 def fresh_entropy(policy: Policy, prompts: list[str], seed: int) -> EntropyChange:
@@ -46,37 +45,17 @@ def fresh_entropy(policy: Policy, prompts: list[str], seed: int) -> EntropyChang
     return entropy_estimate(token_stats(policy.model, rollout, entropy_dtype=torch.float32))
 
 
-def train(policy: Policy, data: PromptDataModule, folder: Path, *callbacks: object, steps: int, lr: float) -> None:
-    module = GRPOModule(
-        policy,  # type: ignore[arg-type]
-        num_generations=4,
-        max_new_tokens=TOKENS,
-        rewards=["format"],
-        optimizer=lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.0),
-    )
-    Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-    ).fit(module, datamodule=data)
-
-
 def test_one_step_against_fresh_samples(policy, prompts):
-    """ΔH of a step is Ĥ(θ_after) − Ĥ(θ_before) on fresh samples of both: z < 4, N = 384 for ΔH, 768 for each Ĥ.
+    """ΔH of a step is Ĥ(θ_after) − Ĥ(θ_before) on fresh samples of both: z < 4, N = 256 for ΔH, 512 for each Ĥ.
 
     The step is one of AdamW's on the mean entropy of a batch, so that there is a change to see.
     """
-    optimizer = torch.optim.AdamW(trainable_parameters(policy.model).values(), lr=4e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable_parameters(policy.model).values(), lr=5e-3, weight_decay=0.0)
     with isolated_rng(1):
         update_batch = sample_completions(
             policy.model, policy.tokenizer, prompts.e_prompts[-16:], max_new_tokens=TOKENS
         )
-        e_batch = sample_completions(policy.model, policy.tokenizer, prompts.e_prompts[:384], max_new_tokens=TOKENS)
+        e_batch = sample_completions(policy.model, policy.tokenizer, prompts.e_prompts[:256], max_new_tokens=TOKENS)
     stats = policy_stats(policy.model, update_batch, entropy_gradient=True)
     (stats.entropy.sum() / stats.mask.sum()).backward()
     before = fresh_entropy(policy, prompts.e_prompts, seed=2)
@@ -89,22 +68,52 @@ def test_one_step_against_fresh_samples(policy, prompts):
     difference = measured.value - (after.value - before.value)
     error = math.hypot(measured.stderr, before.stderr, after.stderr)
     print(f"\nΔH = {measured}; fresh: {after} − {before} = {after.value - before.value:.4g}; error {error:.2g}")
-    assert abs(measured.value) > 5 * error, "the change must stand out, or agreement says nothing"
+    assert abs(measured.value) > 4 * error, "the change must stand out, or agreement says nothing"
     assert abs(difference) < 4 * error
 
 
+class Sharpen(LightningModule):
+    """A run of somebody's own that lowers the entropy on purpose, so that there is a drop to measure."""
+
+    def __init__(self, policy: Policy, batch: Rollout) -> None:
+        super().__init__()
+        self.policy, self.tokenizer, self.max_new_tokens = policy.model, policy.tokenizer, TOKENS
+        self._batch = batch
+
+    def training_step(self, batch: object, batch_idx: int) -> torch.Tensor:
+        stats = policy_stats(self.policy, self._batch, entropy_gradient=True)
+        return stats.entropy.sum() / stats.mask.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(trainable_parameters(self.policy).values(), lr=1e-3, weight_decay=0.0)
+
+    def train_dataloader(self) -> DataLoader[int]:
+        return DataLoader(range(20))  # type: ignore[arg-type]
+
+
 def test_changes_of_consecutive_steps_add_up_to_the_drop(policy, prompts, tmp_path):
-    """ΣΔH over 20 probed steps is the drop measured from fresh samples at both ends: z < 4."""
+    """ΣΔH over 20 probed steps is the drop measured from fresh samples at both ends: z < 4, N = 40 and 256."""
     probe = EntropyProbeCallback(
         prompts=prompts.e_prompts[256:],
-        num_sequences=64,
+        num_sequences=40,
         every_n_steps=1,
         eta_multipliers=(),
         resample_prompts=True,  # independent E-batches, so that errors add in squares
     )
-    before = fresh_entropy(policy, prompts.e_prompts[:512], seed=1)
-    train(policy, prompts, tmp_path, probe, steps=20, lr=1e-3)
-    after = fresh_entropy(policy, prompts.e_prompts[:512], seed=2)
+    with isolated_rng(4):
+        batch = sample_completions(policy.model, policy.tokenizer, prompts.e_prompts[-16:], max_new_tokens=TOKENS)
+    before = fresh_entropy(policy, prompts.e_prompts[:256], seed=1)
+    Trainer(
+        max_steps=20,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[probe],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    ).fit(Sharpen(policy, batch))
+    after = fresh_entropy(policy, prompts.e_prompts[:256], seed=2)
 
     changes = [r["sweep"][0]["true"] for r in probe.records if r["status"] == "ok"]
     assert len(changes) == 20
@@ -112,5 +121,5 @@ def test_changes_of_consecutive_steps_add_up_to_the_drop(policy, prompts, tmp_pa
     drop = after.value - before.value
     error = math.hypot(before.stderr, after.stderr, *(change["stderr"] for change in changes))
     print(f"\nΣΔH = {total:.4g}; fresh: {after} − {before} = {drop:.4g}; error {error:.2g}")
-    assert abs(drop) > 3 * error, "the drop must stand out, or agreement says nothing"
+    assert abs(drop) > 5 * error, "the drop must stand out, or agreement says nothing"
     assert abs(total - drop) < 4 * error
