@@ -284,7 +284,7 @@ def test_resampling_asks_again_for_the_groups_that_teach_nothing(
     lucky = iter([False] * 4 + [True] * 100)  # the second prompt's first draw earns nothing, the next ones do
     original = digits_reward
     monkeypatch.setitem(
-        entropy_pl.objectives.rewards._REWARDS,
+        entropy_pl.objectives.rewards._REWARDS._things,
         "test_digits",
         lambda completion, answer: 0.0 if answer == "8" and not next(lucky) else original(completion, answer),
     )
