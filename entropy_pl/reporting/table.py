@@ -33,7 +33,7 @@ def probe_table(records: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("ΔH ± SE", justify="right", min_width=20, max_width=24)
     table.add_column("δH₁ ± SE", justify="right", min_width=20, max_width=24)
     table.add_column("ESS", justify="right", no_wrap=True)
-    table.add_column("η*", justify="right", no_wrap=True)
+    table.add_column("η* ± SE", justify="right", no_wrap=True)
     table.add_column("reward", justify="right", no_wrap=True)
     for record in records:
         # Text, not str: a message such as "got [256, 48]" is no markup
@@ -75,8 +75,8 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
         true, first_order = taken.get("true"), taken.get("first_order")
         changes = [with_error(number(item, "value"), number(item, "stderr")) for item in (true, first_order)]
         changes = [change.replace(" ", "\N{NO-BREAK SPACE}") for change in changes]  # messages wrap, numbers do not
-        ess, n_sequences = number(true, "ess"), number(true, "n_sequences")
-        effective = DASH if math.isnan(ess + n_sequences) else f"{ess:.0f}/{n_sequences:.0f}"
+        ess = number(true, "ess")
+        effective = DASH if math.isnan(ess) else f"{ess:.0f}"
     else:
         status = str(record.get("status"))
         changes = [status, record.get("message") or ("step taken not measured" if status == "ok" else "")]
@@ -85,18 +85,24 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
         str(record["step"]),
         *changes,
         effective,
-        _shown(record, "eta_star", ".1e"),
+        _shown(record, "eta_star", ".0e", error="eta_star_stderr"),
         _shown(record, "reward", ".3f"),
     ]
 
 
-def _shown(record: Mapping[str, Any], key: str, form: str) -> str:
+def _shown(record: Mapping[str, Any], key: str, form: str, error: str | None = None) -> str:
     value = number(record, key)
-    return DASH if math.isnan(value) else format(value, form)
+    if math.isnan(value):
+        return DASH
+    stderr = math.nan if error is None else number(record, error)
+    return format(value, form) + ("" if math.isnan(stderr) else f"±{stderr:{form}}")
 
 
 def _caption(records: Sequence[Mapping[str, Any]]) -> str | None:
     if not records:
         return "no probes recorded"
     units = {record["normalize"] for record in records if record.get("normalize")}
-    return f"entropies in nats {units.pop().replace('_', ' ')}" if len(units) == 1 else None
+    sizes = {number(record.get("entropy"), "n_sequences") for record in records if record.get("entropy")}
+    parts = [f"entropies in nats {unit.replace('_', ' ')}" for unit in units if len(units) == 1]
+    parts += [f"ESS out of {size:.0f}" for size in sizes if len(sizes) == 1 and not math.isnan(size)]
+    return ", ".join(parts) or None

@@ -20,8 +20,9 @@ def row(text, step):
 
 
 def test_a_measured_row(make):
-    text = rendered([make(0), make(5)])
-    assert row(text, 5) == "5 -1.55e-03 ± 2.0e-04 -1.70e-03 ± 1.5e-04 200/256 8.0e-04 0.300"
+    text = rendered([make(0), make(5, eta_star_stderr=1.2e-4)])
+    assert row(text, 5) == "5 -1.55e-03 ± 2.0e-04 -1.70e-03 ± 1.5e-04 200 8e-04±1e-04 0.300"
+    assert "ESS out of 256" in text
     assert "nats per token" in text
     for head in ("step", "ΔH ± SE", "δH₁ ± SE", "ESS", "η*", "reward"):
         assert head in text
