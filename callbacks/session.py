@@ -14,7 +14,7 @@ from torch import nn
 
 from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.policy.sample import check_prompts, sample_completions
-from entropy_pl.probe import EntropyProbe
+from entropy_pl.probe import EntropyProbe, timed
 from entropy_pl.reporting.records import SCHEMA, Record
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates.record import UpdateRecorder
@@ -141,16 +141,16 @@ class ProbeSession:
 
     def _measured(self, recorder: UpdateRecorder, step: int, on_pass: Callable[[str], None]) -> Record:
         update = recorder.update
-        if not any(bool(direction.any()) for direction in update.direction.values()):
+        if update.norm() == 0:
             message = "the step did not move the policy (a learning rate of zero, or no gradient)"
             return {"status": "no_movement", "message": message}
+        seconds: dict[str, float] = {}
         with recorder.at_theta_before():
-            start = time.perf_counter()
-            rollout = self._draw(step)
-            sampling = time.perf_counter() - start
+            with timed(seconds, "sampling", self.model):
+                rollout = self._draw(step)
             on_pass("sampling")
             result = self.probe.measure(self.model, rollout, update, on_pass=on_pass).to_dict()
-        result["seconds"] = {"sampling": sampling, **result["seconds"]}
+        result["seconds"] = seconds | result["seconds"]
         lengths = rollout.completion_lengths.double()
         return result | {"mean_completion_length": float(lengths.mean())}
 

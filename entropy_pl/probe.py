@@ -222,7 +222,7 @@ class EntropyProbe:
             clusters = prompt_clusters(rollout)
         seconds: dict[str, float] = {}
         with self.evaluation(model):
-            with _timed(seconds, "tangents", model):
+            with timed(seconds, "tangents", model):
                 tangent, curvature = self._tangents(model, rollout, update, on_pass)
             shared: dict[str, Any] = {
                 "normalize": self.normalize,
@@ -234,7 +234,7 @@ class EntropyProbe:
             first = first_order_delta_entropy(tangent.base, tangent.first, **options)
             second = second_order_delta_entropy(tangent.base, tangent.first, curvature, **options)
             sweep = []
-            with _timed(seconds, "sweep", model):
+            with timed(seconds, "sweep", model):
                 for eta in self.sweep_etas(update.lr):
                     shifted = self._stats(model, rollout, update, eta)
                     on_pass("sweep")
@@ -314,7 +314,9 @@ def _eta_star(
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], phase: str, model: nn.Module) -> Iterator[None]:
+def timed(seconds: dict[str, float], phase: str, model: nn.Module) -> Iterator[None]:
+    """Bill the block's wall time to a phase, the work queued on the model's GPU included."""
+
     def now() -> float:
         if next(model.parameters()).is_cuda:
             torch.cuda.synchronize()  # kernels are queued: without this the next phase would be billed

@@ -49,13 +49,14 @@ def adam_components(
                 continue
             state = optimizer.state.get(parameter)
             if parameter.grad is None or not state:
-                parts, p = [torch.zeros_like(parameter, dtype=torch.float64)] * 3, None
+                p = torch.zeros_like(parameter, dtype=torch.float64)
+                parts = [p] * len(COMPONENTS)
             else:
                 decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
                 parts, p = _split(group, state, parameter.grad.double(), before[name].double(), lr_ref, decoupled)
             for part, value in zip(COMPONENTS, parts, strict=True):
                 components[part][name] = value
-            preconditioner[name] = torch.zeros_like(parts[0]) if p is None else p
+            preconditioner[name] = p
     return components, preconditioner
 
 
