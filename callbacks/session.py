@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from entropy_pl.policy.rng import isolated_rng
+from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.policy.sample import check_prompts, sample_completions
 from entropy_pl.probe import EntropyProbe, timed
 from entropy_pl.reporting.records import SCHEMA, Record
@@ -155,7 +155,7 @@ class ProbeSession:
         return result | {"mean_completion_length": float(lengths.mean())}
 
     def _draw(self, step: int) -> Rollout:
-        with isolated_rng(seed_of_step(self.seed, step)), self.probe.evaluation(self.model):
+        with isolated_rng(derived_seed(self.seed, f"completions of step {step}")), self.probe.evaluation(self.model):
             return sample_completions(
                 self.model,
                 self.tokenizer,
@@ -165,8 +165,3 @@ class ProbeSession:
                 temperature=self.probe.temperature,
                 batch_size=self.sample_batch_size,
             )
-
-
-def seed_of_step(seed: int, step: int) -> int:
-    """The seed of the completions of one probe."""
-    return random.Random(f"{seed}, completions of step {step}").getrandbits(63)

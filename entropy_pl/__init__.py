@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from entropy_pl.data.datamodule import PromptDataModule
     from entropy_pl.estimators import EntropyChange
     from entropy_pl.grpo import GRPOModule
+    from entropy_pl.measurements import EntropyMeasurements
     from entropy_pl.policy import float64_evaluation, load_policy, sample_completions
     from entropy_pl.policy.score import token_stats
     from entropy_pl.policy.tangents import token_stats_jvp
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "EntropyChange": "estimators",
+    "EntropyMeasurements": "measurements",
     "EntropyProbe": "probe",
     "GRPOModule": "grpo",
     "ProbeResult": "probe",
@@ -41,6 +43,7 @@ _HOME = {
 
 __all__ = [
     "EntropyChange",
+    "EntropyMeasurements",
     "EntropyProbe",
     "GRPOModule",
     "ProbeResult",

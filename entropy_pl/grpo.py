@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
@@ -37,26 +37,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_pl.data.datamodule import PromptBatch
 from entropy_pl.groups import Groups, GroupSampler, ZeroAdvantage
-from entropy_pl.objectives import (
-    AdvantageKind,
-    LossSettings,
-    LossType,
-    RewardSum,
-    group_advantages,
-    policy_loss,
-    token_weights,
-)
+from entropy_pl.objectives import AdvantageKind, LossSettings, LossType, PolicyLoss, RewardSum
 from entropy_pl.policy import (
     Policy,
     PolicySettings,
-    evaluation_mode,
     isolated_rng,
     load_policy_from,
     reference_policy,
     trainable_parameters,
 )
-from entropy_pl.policy.score import compact, default_batch_tokens, micro_batches, over_micro_batches, policy_stats
-from entropy_pl.rollout import Rollout
+from entropy_pl.policy_gradient import PolicyGradient, TrainingBatch
+from entropy_pl.rollout import TokenStats
 
 METRICS = (
     "reward",
@@ -69,23 +60,6 @@ METRICS = (
     "grad_norm",
     "lr",
 )
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingBatch:
-    """What the optimizer steps of one rollout learn from.
-
-    Args:
-        rollout: the N rows that take part.
-        advantages: ``[N]``, float32.
-        weights: of each token in the loss, ``[N, T]``; they depend on the whole batch, not on its micro-batches.
-        ref_logp: log-probs under the reference policy in nats, ``[N, T]``; None without a KL term.
-    """
-
-    rollout: Rollout
-    advantages: Tensor
-    weights: Tensor
-    ref_logp: Tensor | None
 
 
 class GRPOModule(LightningModule):
@@ -168,8 +142,7 @@ class GRPOModule(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # a checkpoint lacks the frozen base; `on_load_checkpoint` asks for the rest
         self.save_hyperparameters(ignore=["policy", "optimizer", "scheduler"])
-        _check(updates_per_rollout, max_batch_tokens, max_idle_rollouts, max_grad_norm, seed)
-        group_advantages(torch.zeros(2), 2, advantage)  # refuses an unknown kind before anything is loaded
+        _check(updates_per_rollout, max_idle_rollouts, max_grad_norm, seed)
         reward = RewardSum(rewards, reward_weights)
         self.sampler = GroupSampler(
             reward,
@@ -183,10 +156,9 @@ class GRPOModule(LightningModule):
             max_resamples,
         )
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        self.advantage = advantage
-        self.loss = LossSettings(loss_type, clip_low, clip_high, kl_coefficient, max_completion_length=max_new_tokens)
+        loss = LossSettings(loss_type, clip_low, clip_high, kl_coefficient, max_completion_length=max_new_tokens)
+        self.policy_gradient = PolicyGradient(loss, advantage, temperature, max_batch_tokens)
         self.updates_per_rollout = updates_per_rollout
-        self.max_batch_tokens = max_batch_tokens
         self.max_grad_norm = max_grad_norm
         self.optimizer, self.scheduler = optimizer, scheduler
         self.seed = seed
@@ -215,7 +187,7 @@ class GRPOModule(LightningModule):
         if not hasattr(self, "model"):
             with isolated_rng(self.seed):  # a new adapter is drawn at random
                 self.model, self.tokenizer = load_policy_from(self._policy_settings)
-        if self.loss.kl_coefficient > 0:
+        if self.policy_gradient.loss.kl_coefficient > 0:
             with reference_policy(self.model):
                 pass  # a policy without a reference is refused now, not after the first rollout
 
@@ -275,25 +247,7 @@ class GRPOModule(LightningModule):
             groups = self.sampler.draw(self.model, self.tokenizer, batch)
             self._log_draw(groups)
             groups = self.sampler.informative(self.model, self.tokenizer, batch, groups)
-        # Without advantages a step would be momentum and weight decay alone.
-        if not len(groups) or (self.loss.kl_coefficient == 0 and groups.zero_advantage.all()):
-            return None
-        rollout = groups.rollout
-        advantages = group_advantages(groups.rewards, groups.size, self.advantage)
-        weights = token_weights(rollout.completion_mask, self.loss.loss_type, self.max_new_tokens, dtype=torch.float32)
-        return TrainingBatch(rollout, advantages, weights, self._reference_logp(rollout))
-
-    @torch.no_grad()
-    def _reference_logp(self, rollout: Rollout) -> Tensor | None:
-        if self.loss.kl_coefficient == 0:
-            return None
-
-        def score(part: Rollout) -> tuple[Tensor]:
-            return (policy_stats(self.model, part, temperature=self.temperature).logp[part.completion_mask],)
-
-        with reference_policy(self.model), evaluation_mode(self.model):
-            [logp] = over_micro_batches(self.model, rollout, score, outputs=1, max_batch_tokens=self.max_batch_tokens)
-        return logp.float()
+        return self.policy_gradient.batch(self.model, groups)
 
     def _update(self, batch: TrainingBatch, old_logp: Tensor | None) -> Tensor:
         """Take one optimizer step.
@@ -307,28 +261,20 @@ class GRPOModule(LightningModule):
         """
         optimizer = cast(LightningOptimizer, self.optimizers())
         optimizer.zero_grad()
-        logp = torch.zeros_like(batch.weights)
-        for rows in micro_batches(batch.rollout, self.max_batch_tokens or default_batch_tokens(self.model)):
-            part = compact(batch.rollout, rows)
-            width = part.completion_ids.shape[1]
-            stats = policy_stats(self.model, part, temperature=self.temperature)
-            logp[rows, :width] = stats.logp.detach()
-            result = policy_loss(
-                stats.logp,
-                stats.logp.detach() if old_logp is None else old_logp[rows, :width],
-                batch.advantages[rows],
-                batch.weights[rows, :width],
-                self.loss,
-                None if batch.ref_logp is None else batch.ref_logp[rows, :width],
-            )
+
+        def backward(loss: Tensor) -> None:
             with self._outside_autocast():
-                self.manual_backward(result.loss)
+                self.manual_backward(loss)
+
+        def record(result: PolicyLoss, stats: TokenStats) -> None:
             tokens = result.num_tokens
             if old_logp is None:
                 self._record("entropy", stats.entropy.sum() / tokens, tokens)
             if batch.ref_logp is not None:
                 self._record("kl", result.kl_sum / tokens, tokens)
             self._record("clip_fraction", (result.clipped_low + result.clipped_high) / tokens, tokens)
+
+        logp = self.policy_gradient.backward(self.model, batch, old_logp, call_backward=backward, on_micro_batch=record)
         self._record("lr", max(float(group["lr"]) for group in optimizer.param_groups))
         with self._outside_autocast():
             optimizer.step()
@@ -386,9 +332,11 @@ class GRPOModule(LightningModule):
     # ------------------------------------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the trainable parameters only: the frozen base is where it was loaded from."""
+        """Keep the trainable parameters only: the frozen base is where it was loaded from, and that is kept too."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {key: state[key] for key in self._trainable_keys()}
+        if isinstance(self._policy_settings, PolicySettings):
+            checkpoint["policy"] = asdict(self._policy_settings)
         checkpoint["rollouts_done"] = self.rollouts_done
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -414,7 +362,6 @@ class GRPOModule(LightningModule):
 
 def _check(
     updates_per_rollout: int,
-    max_batch_tokens: int | None,
     max_idle_rollouts: int,
     max_grad_norm: float | None,
     seed: int,
@@ -423,8 +370,6 @@ def _check(
         raise ValueError(f"expected max_idle_rollouts of at least 1, got {max_idle_rollouts}")
     if updates_per_rollout < 1:
         raise ValueError(f"expected updates_per_rollout of at least 1, got {updates_per_rollout}")
-    if max_batch_tokens is not None and max_batch_tokens < 1:
-        raise ValueError(f"expected max_batch_tokens of at least 1, or None for the default, got {max_batch_tokens}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"expected max_grad_norm above 0, or None for no clipping, got {max_grad_norm}")
     if seed < 0:

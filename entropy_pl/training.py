@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import Any
@@ -13,16 +12,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from entropy_pl.callbacks import EntropyProbeCallback
+from entropy_pl.config import UsageError, explained
 from entropy_pl.data.datamodule import PromptDataModule
 from entropy_pl.grpo import GRPOModule
-from entropy_pl.registry import did_you_mean
 from entropy_pl.version import __version__
 
 DESCRIPTION = "Train a language model with GRPO and measure what its optimizer steps do to the policy's entropy."
-
-
-class UsageError(Exception):
-    """Words, a config file or a setting that cannot be: what was expected, what came, what to do."""
 
 
 class EntropyCLI(LightningCLI):
@@ -59,7 +54,7 @@ class EntropyCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise ValueError(_with_suggestion(str(error), self._known_keys())) from error
+            raise ValueError(explained(str(error), self._known_keys())) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A bar of tqdm's, below which the probe's own fits, unless another was asked for or none."""
@@ -77,21 +72,11 @@ class EntropyCLI(LightningCLI):
         return [action.dest for action in fit._actions if "." in action.dest]
 
 
-def _with_suggestion(message: str, keys: list[str]) -> str:
-    unknown = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", message)
-    if unknown is None:
-        return message
-    nearest = did_you_mean(unknown[1], keys, cutoff=0.8)
-    section = [key for key in keys if key.startswith(unknown[1].rpartition(".")[0] + ".")]
-    expected = f"expected one of {', '.join(section)}" if section else "`entropy-pl fit --help` lists what there is"
-    return f"unknown key '{unknown[1]}'{nearest or f': {expected}'}"
-
-
-def run_cli(args: Sequence[str] | None) -> None:
+def run_fit(args: Sequence[str]) -> None:
     """Parse the words and run what they say.
 
     Args:
-        args: command-line words; None takes the process's own.
+        args: command-line words, `fit` first.
 
     Raises:
         UsageError: for what is wrong before training begins. Later errors come as they are, traceback and all.
@@ -105,7 +90,7 @@ def run_cli(args: Sequence[str] | None) -> None:
         raise UsageError(str(error)) from error
 
 
-def _run(args: Sequence[str] | None, started: list[bool]) -> None:
+def _run(args: Sequence[str], started: list[bool]) -> None:
     EntropyCLI(
         started,
         model_class=GRPOModule,
@@ -115,5 +100,5 @@ def _run(args: Sequence[str] | None, started: list[bool]) -> None:
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"max_epochs": -1},  # max_steps decides; prompts come round as often as it takes
         parser_kwargs={"prog": "entropy-pl", "exit_on_error": False, "fit": {"exit_on_error": False}},
-        args=None if args is None else list(args),
+        args=list(args),
     )

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from entropy_pl.cli import main
 from entropy_pl.reporting import read_records
+from entropy_pl.version import __version__
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -54,12 +55,49 @@ def test_fit_trains_probes_and_says_where_things_are(short_run, tmp_path, capsys
     assert "every_n_steps: 1" in (run / "config.yaml").read_text()  # the run can be made again from its folder
 
 
+def command_of(config: str) -> list[str]:
+    """Which command a shipped config is for, by its name."""
+    study = config.removesuffix(".yaml").removeprefix("study_").replace("_", "-")
+    if config.startswith("study_"):
+        return ["study", study]
+    return ["measure"] if config.startswith("measure") else ["fit"]
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_every_config_is_valid_and_documented(name, capsys):
-    out = shown_by(capsys, "fit", f"--config={CONFIGS / name}", "--print_config", status=0)
-    assert {"model", "data", "probe", "trainer"} <= yaml.safe_load(out).keys()
-    sections = yaml.safe_load((CONFIGS / name).read_text())
-    assert {"model", "data", "probe", "trainer"} <= sections.keys()
+    command = command_of(name)
+    out = shown_by(capsys, *command, f"--config={CONFIGS / name}", "--print_config", status=0)
+    wanted = (
+        {"model", "data", "probe", "trainer"} if command == ["fit"] else {"checkpoint", "batch_config", "estimator"}
+    )
+    wanted |= {"study"} if command[0] == "study" else set()
+    assert wanted <= yaml.safe_load(out).keys()
+    assert wanted <= yaml.safe_load((CONFIGS / name).read_text()).keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected a command out of fit, measure, study, got none"),
+        (["mesure"], "got 'mesure'; did you mean 'measure'?"),
+        (["study"], "expected a study out of linear-regime, variance, convergence, got ''"),
+        (["study", "variants"], "got 'variants'; did you mean 'variance'?"),
+        (["measure", "--seed=x"], "seed: expected int, got x"),
+        (["measure"], "expected a value for checkpoint.checkpoint_path, got none"),
+        (["measure", "--checkpoint.checkpoint_path=nowhere.ckpt"], "expected a checkpoint at nowhere.ckpt"),
+        (["measure", "--checkpoint.optimiser_path=x"], "did you mean 'checkpoint.optimizer_path'?"),
+    ],
+)
+def test_commands_that_cannot_be(capsys, words, message):
+    out = shown_by(capsys, *words, status=2)
+    assert message in out
+    assert "Traceback" not in out
+
+
+def test_help_and_version(capsys):
+    assert "measure" in shown_by(capsys, "--help", status=0)
+    assert shown_by(capsys, "--version", status=0) == f"entropy-pl {__version__}\n"
+    assert "--batch_config.completions_per_prompt" in shown_by(capsys, "measure", "--help", status=0)
 
 
 def test_probe_is_a_section_of_its_own(capsys):
@@ -92,13 +130,13 @@ def test_help_says_what_each_key_means(capsys):
     [
         (["--probe.frequency=5"], "unknown key 'probe.frequency': expected one of probe.prompts, "),
         (["--probe.num_seqences=5"], "unknown key 'probe.num_seqences'; did you mean 'probe.num_sequences'?"),
-        (["--model.loss_type=ppo"], "'grpo', 'dr_grpo', 'dapo', 'bnpo'"),
+        (["--model.loss_type=ppo"], "model.loss_type: expected one of grpo, dr_grpo, dapo, bnpo, got ppo"),
         (["--model.num_generations=1"], "at least 2"),
         (["--data.dataset=gsm9k"], "gsm8k_r1_template"),
         (["--data.e_size=99999"], "expected e_size of at most"),
         (["--model.policy.name=demo_arithmetics"], "did you mean 'demo_arithmetic'"),
         (["--probe.num_sequences=257"], "expected at least 257 E prompts"),
-        (["--probe.weighting=token"], "'prefix', 'sequence'"),
+        (["--probe.weighting=token"], "probe.weighting: expected one of prefix, sequence, got token"),
         (["--model.rewards=[formats]"], "format"),
         (["--model.policy.name=foo/bar"], "expected foo/bar"),
     ],

@@ -12,13 +12,14 @@ import entropy_pl
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # the ground floor first
-    ("version", "registry", "rollout", "updates", "data"),
+    ("version", "registry", "config", "rollout", "updates", "data"),
     ("estimators", "objectives", "policy"),
-    ("groups", "grpo"),
+    ("groups", "policy_gradient", "grpo"),
     ("probe",),
     ("reporting",),
-    ("callbacks", "configs"),
-    ("training", "cli"),
+    ("callbacks", "configs", "measurements"),
+    ("studies",),
+    ("training", "offline", "cli"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted([*(ROOT / "entropy_pl").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")])

@@ -39,8 +39,8 @@ def first_order_delta_entropy(
         weighting: ``prefix`` or ``sequence``.
         integrand: ``rao_blackwell`` or ``surprisal``.
         baseline: ``[N, T]``, a prediction, from the prefix of token k alone, of what ṡ_ik is multiplied by
-            (``prefix``: the centred entropy to go after k). It replaces the batch mean that self-normalization
-            subtracts; unbiased to O(1/N) whatever it predicts.
+            (:func:`score_return`); :func:`entropy_pl.estimators.score_baseline` makes some. It replaces the batch
+            mean that self-normalization subtracts; unbiased to O(1/N) whatever it predicts.
         clusters: prompt of each sequence, ``[N]``, where prompts repeat.
         confidence: of the interval.
 
@@ -90,6 +90,46 @@ def second_order_delta_entropy(
     return make_estimate(value, influence, clusters=clusters, confidence=confidence, mask=base.mask)
 
 
+def score_return(
+    base: TokenStats,
+    *,
+    normalize: Normalize = "per_token",
+    weighting: Weighting = "prefix",
+    integrand: Integrand = "rao_blackwell",
+) -> Tensor:
+    """What the first order multiplies ṡ_ik by, before any baseline: all that token k's probability can change.
+
+    With ĥ = ΣH/ΣT for ``per_token`` and ĥ = 0 for ``per_sequence`` (DESIGN §1, the closed forms):
+
+        prefix, rao_blackwell:  Σ_{j>k} m_ij (h_ij − ĥ)
+        prefix, surprisal:      Σ_{j≥k} m_ij (−s_ij) − ĥ Σ_{j>k} m_ij
+        sequence:               the whole Σ_j m_ij (x_ij − ĥ), x_ij = h_ij or −s_ij
+
+    Args:
+        base: statistics at θ of completions drawn at θ, ``[N, T]``.
+        normalize: ``per_token`` or ``per_sequence``.
+        weighting: ``prefix`` or ``sequence``.
+        integrand: ``rao_blackwell`` or ``surprisal``.
+
+    Returns:
+        ``[N, T]`` in nats, float64, zero where the mask is False.
+
+    Raises:
+        ValueError: for an unknown option, or statistics no estimate can be made of.
+    """
+    measure = Measure(normalize, weighting, integrand)
+    check_stats(base, base=base)
+    rao_blackwell = measure.integrand == "rao_blackwell"
+    mask = base.mask.double()
+    x = torch.where(base.mask, (base.entropy if rao_blackwell else -base.logp).detach().double(), 0.0)
+    centre = x.sum() / mask.sum() if measure.normalize == "per_token" else mask.new_zeros(())
+    if measure.weighting == "sequence":
+        return mask * (x - centre * mask).sum(1, keepdim=True)
+    # m_ij, and h_ij with it, is settled before token k = j is drawn; −s_ij is that token's own doing.
+    to_go = _from_here_on(x) - x if rao_blackwell else _from_here_on(x)
+    return mask * (to_go - centre * (_from_here_on(mask) - mask))
+
+
 def _path(measure: Measure, base: TokenStats, tangent: TokenStats, curvature: TokenStats | None) -> Path:
     s, h = base.logp.double(), base.entropy.double()
     s1, h1 = tangent.logp.double(), tangent.entropy.double()
@@ -113,18 +153,19 @@ def _origin(base: TokenStats) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=base.logp.device)
 
 
+def _from_here_on(x: Tensor) -> Tensor:
+    """Σ_{j≥k} x_ij, ``[N, T]``."""
+    return x.flip(1).cumsum(1).flip(1)
+
+
 def _control_variate(measure: Measure, base: TokenStats, tangent: TokenStats, baseline: Tensor) -> Tensor:
     """Σ_k ṡ_ik (baseline_ik − the batch mean it replaces) / T̄ per sequence, ``[N]``; zero in expectation."""
     mask = base.mask.double()
-    integrand = mask * (base.entropy if measure.integrand == "rao_blackwell" else -base.logp).double()
-    mean_integrand, mean_mask = integrand.mean(0), mask.mean(0)
-    length = mean_mask.sum() if measure.normalize == "per_token" else mask.new_ones(())
-    centre = mean_integrand.sum() / length if measure.normalize == "per_token" else mask.new_zeros(())
+    batch_mean = score_return(
+        base, normalize=measure.normalize, weighting=measure.weighting, integrand=measure.integrand
+    ).mean(0)  # over all N, ended ones counted as zero
     if measure.weighting == "sequence":
-        batch_mean = (mean_integrand.sum() - centre * mean_mask.sum()).expand_as(mean_mask)
-    else:
-        to_go = mean_integrand.flip(0).cumsum(0).flip(0)
-        if measure.integrand == "rao_blackwell":
-            to_go = to_go - mean_integrand
-        batch_mean = to_go - centre * (mean_mask.flip(0).cumsum(0).flip(0) - mean_mask)
-    return (mask * tangent.logp.double() * (baseline - batch_mean)).sum(1) / length
+        batch_mean = batch_mean[:1]  # one weight for the whole sequence: at its end, too, all N are averaged
+    length = mask.sum(1).mean() if measure.normalize == "per_token" else mask.new_ones(())
+    sdot = torch.where(base.mask, tangent.logp.double(), 0.0)
+    return (sdot * (baseline - batch_mean)).sum(1) / length

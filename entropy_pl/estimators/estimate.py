@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy import stats
 from torch import Tensor
@@ -75,17 +76,31 @@ def standard_error(influence: Tensor, clusters: Tensor | Sequence[int] | None = 
         ValueError: if there are fewer than two clusters, or ``clusters`` has another length.
     """
     psi = influence.detach().double().cpu().numpy()
-    if clusters is not None:
-        labels = np.asarray(clusters.cpu() if isinstance(clusters, Tensor) else clusters)
-        if labels.shape != psi.shape:
-            raise ValueError(f"expected clusters of shape [{len(psi)}], one label per sequence, got {labels.shape}")
-        psi = np.bincount(np.unique(labels, return_inverse=True)[1], weights=psi)
+    psi = np.bincount(cluster_index(clusters, len(psi)), weights=psi)
     count = len(psi)
     if count < 2:
         raise ValueError(
             f"expected at least 2 {'sequences' if clusters is None else 'clusters'} for an error bar, got {count}"
         )
     return float(np.sqrt(count / (count - 1) * np.square(psi).sum()) / len(influence)), count
+
+
+def cluster_index(clusters: Tensor | Sequence[int] | None, count: int) -> npt.NDArray[np.intp]:
+    """The cluster of every sequence, numbered 0 … C−1 in the order of the labels, ``[N]``.
+
+    Args:
+        clusters: prompt of each sequence, ``[N]``, any labels; None: every sequence is its own.
+        count: N.
+
+    Raises:
+        ValueError: if ``clusters`` has another length.
+    """
+    if clusters is None:
+        return np.arange(count)
+    labels = np.asarray(clusters.cpu() if isinstance(clusters, Tensor) else clusters)
+    if labels.shape != (count,):
+        raise ValueError(f"expected clusters of shape [{count}], one label per sequence, got {labels.shape}")
+    return np.unique(labels, return_inverse=True)[1]
 
 
 def make_estimate(
@@ -105,21 +120,70 @@ def make_estimate(
     Raises:
         ValueError: if ``confidence`` is not between 0 and 1, or the clusters are too few.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"expected a confidence between 0 and 1, such as 0.95, got {confidence}")
-    stderr, count = standard_error(influence, clusters)
-    margin = float(stats.t.ppf(0.5 + confidence / 2, count - 1)) * stderr
-    number = float(value)
     return EntropyChange(
-        value=number,
-        stderr=stderr,
-        ci_low=number - margin,
-        ci_high=number + margin,
+        **_error_bar(float(value), influence, clusters, confidence),
         ess=float(len(mask)) if ess is None else ess,
         ess_min=float(len(mask)) if ess_min is None else ess_min,
         max_abs_log_weight=max_abs_log_weight,
         clip_fraction=clip_fraction,
-        n_sequences=len(mask),
         n_tokens=int(mask.sum()),
-        influence=influence.detach().to(torch.float64),
     )
+
+
+def linear_combination(
+    terms: Sequence[tuple[float, EntropyChange]],
+    *,
+    clusters: Tensor | Sequence[int] | None = None,
+    confidence: float = 0.95,
+) -> EntropyChange:
+    """Σ_a c_a·estimate_a of one batch: values and influences add, so noise that the terms share cancels or adds up.
+
+    Args:
+        terms: pairs (c_a, estimate_a), all of the same N sequences in the same order.
+        clusters: prompt of each sequence, ``[N]``, where prompts repeat.
+        confidence: of the interval.
+
+    Returns:
+        The combination in the unit of c·estimate; of weights' health and token counts the worst among the terms
+        (smallest ``ess``, ``ess_min`` and ``n_tokens``, largest ``max_abs_log_weight`` and ``clip_fraction``).
+
+    Raises:
+        ValueError: for no term at all, terms of different numbers of sequences, or as :func:`standard_error`.
+    """
+    if not terms:
+        raise ValueError("expected at least one (factor, estimate) to combine, got none")
+    estimates = [estimate for _, estimate in terms]
+    counts = [estimate.n_sequences for estimate in estimates]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"expected estimates of the same sequences, got {counts} of them: influences add sequence by sequence, "
+            "so every term must come from one batch"
+        )
+    influence = torch.stack([factor * estimate.influence for factor, estimate in terms]).sum(0)
+    value = sum(factor * estimate.value for factor, estimate in terms)
+    return EntropyChange(
+        **_error_bar(value, influence, clusters, confidence),
+        ess=min(estimate.ess for estimate in estimates),
+        ess_min=min(estimate.ess_min for estimate in estimates),
+        max_abs_log_weight=max(estimate.max_abs_log_weight for estimate in estimates),
+        clip_fraction=max(estimate.clip_fraction for estimate in estimates),
+        n_tokens=min(estimate.n_tokens for estimate in estimates),
+    )
+
+
+def _error_bar(
+    value: float, influence: Tensor, clusters: Tensor | Sequence[int] | None, confidence: float
+) -> dict[str, Any]:
+    """The fields of an :class:`EntropyChange` that follow from its value and its influences."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"expected a confidence between 0 and 1, such as 0.95, got {confidence}")
+    stderr, count = standard_error(influence, clusters)
+    margin = float(stats.t.ppf(0.5 + confidence / 2, count - 1)) * stderr
+    return {
+        "value": value,
+        "stderr": stderr,
+        "ci_low": value - margin,
+        "ci_high": value + margin,
+        "n_sequences": len(influence),
+        "influence": influence.detach().to(torch.float64),
+    }

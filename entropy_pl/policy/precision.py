@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+MatmulPrecision = Literal["highest", "high", "medium"]
+_MATMUL_PRECISION: ContextVar[MatmulPrecision] = ContextVar("matmul_precision", default="highest")
 
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """The model as a probe uses it: eval mode, no autocast, no TF32, every floating tensor float32 or better.
 
-    Modes, tensors and settings are put back to the bit on leaving. Quantized layers keep their weights and compute in
-    float32. Entering it again inside costs nothing but a walk over the modules.
+    (TF32 only where `matmul_precision` asks for it.) Modes, tensors and settings are put back to the bit on leaving.
+    Quantized layers keep their weights and compute in float32. Entering it again inside costs nothing but a walk over
+    the modules.
     """
-    with evaluation_mode(model), _without_autocast(model), _strict_matmul(), _at_least(model, torch.float32):
+    with evaluation_mode(model), _without_autocast(model), _chosen_matmul(), _at_least(model, torch.float32):
         yield
 
 
@@ -113,24 +119,55 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _strict_matmul() -> Iterator[None]:
-    """No TF32 and no bfloat16 inside float32 products."""
+def matmul_precision(precision: MatmulPrecision = "highest", allow_tf32: bool = False) -> Iterator[None]:
+    """How the probe's float32 products are computed inside the block; elsewhere they are exact float32.
+
+    Nothing is set yet: every `evaluation` inside sets it for itself, and puts back what it found.
+
+    Args:
+        precision: `highest`, or `high` (TF32) or `medium` (bfloat16 inside), as in
+            ``torch.set_float32_matmul_precision``.
+        allow_tf32: whether anything but `highest` is meant. False wins over ``precision``, with a warning.
+
+    Raises:
+        ValueError: for another precision.
+    """
+    if precision not in get_args(MatmulPrecision):
+        raise ValueError(f"expected matmul_precision out of {get_args(MatmulPrecision)}, got {precision!r}")
+    if precision != "highest" and not allow_tf32:
+        warnings.warn(
+            f"matmul_precision: {precision} would turn TF32 on, and allow_tf32: false forbids it: products are float32",
+            stacklevel=3,
+        )
+        precision = "highest"
+    token = _MATMUL_PRECISION.set(precision)
+    try:
+        yield
+    finally:
+        _MATMUL_PRECISION.reset(token)
+
+
+@contextmanager
+def _chosen_matmul() -> Iterator[None]:
+    """No TF32 and no bfloat16 inside float32 products, unless `matmul_precision` chose them."""
+    wanted = _MATMUL_PRECISION.get()
     # The switch of each backend, where PyTorch has them (2.9): the old, common one raises once these were used.
     switches = [b.matmul for b in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(b, "matmul")]
     kept = [(switch, switch.fp32_precision) for switch in switches if hasattr(switch, "fp32_precision")]
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
-        before = "highest"
+        before = wanted
         for switch, precision in kept:
-            if precision not in ("none", "ieee"):
-                switch.fp32_precision = "ieee"
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
+            allowed = ("none", "ieee") if wanted == "highest" else ("tf32",)
+            if precision not in allowed:
+                switch.fp32_precision = allowed[-1]
+    if before != wanted:
+        torch.set_float32_matmul_precision(wanted)
     try:
         yield
     finally:
-        if before != "highest":
+        if before != wanted:
             torch.set_float32_matmul_precision(before)
         for switch, precision in kept:
             if switch.fp32_precision != precision:

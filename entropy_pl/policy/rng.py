@@ -35,6 +35,11 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
         restore()
 
 
+def derived_seed(seed: int, purpose: str) -> int:
+    """A seed of its own for every purpose, 63 bits: ``derived_seed(0, "completions of step 5")``."""
+    return random.Random(f"{seed}, {purpose}").getrandbits(63)
+
+
 def _snapshot() -> Callable[[], None]:
     """Remember every covered stream; the function returned puts all of them back, bit for bit."""
     python_state = random.getstate()

@@ -98,15 +98,37 @@ def policy_stats(
 
 def completion_logits(model: nn.Module, rollout: Rollout) -> Tensor:
     """Logits that predict the completion tokens, ``[number of tokens, V]`` in the order of ``completion_mask``."""
-    mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)
-    order = (~mask).int().argsort(dim=1, stable=True)  # real tokens first, in their order
-    length = int(mask.sum(1).max())
-    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1).masked_fill(~mask, 0)
-    ids = ids.gather(1, order)[:, :length]
-    rows, columns = rollout.completion_mask.nonzero(as_tuple=True)
-    columns = rollout.prompt_lengths[rows] + columns - 1  # the position before a token predicts it
-    with _head_reads_only(model, rows, columns):
+    ids, rows, columns = _packed(rollout)
+    with _head_reads(model, lambda hidden: hidden[rows, columns][None]):
         return model(input_ids=ids, use_cache=False).logits[0]
+
+
+def head_inputs(model: nn.Module, rollout: Rollout, *, max_batch_tokens: int | None = None) -> Tensor:
+    """The last hidden states at θ that emit the completion tokens: the vocabulary head's inputs, without gradient.
+
+    The state that emits token k is the one at the position before it: it knows the prefix and not the token. The model
+    runs as in :func:`token_stats`; no logits are computed.
+
+    Args:
+        model: a Hugging Face causal language model, PEFT or plain, of hidden size d.
+        rollout: prompts ``[N, P]`` and completions ``[N, T]``.
+        max_batch_tokens: padded tokens per micro-batch; None bounds what the logits would take.
+
+    Returns:
+        ``[number of completion tokens, d]`` in the order of ``completion_mask``, float32 (float64 inside
+        ``float64_evaluation``), on the model's device.
+
+    Raises:
+        ValueError: if the token budget is not positive.
+    """
+    device, mask = model_device(model), rollout.completion_mask
+    states = torch.empty(int(mask.sum()), output_head(model).in_features, dtype=torch.float32, device=device)
+    # Of each token, how many there are before it: its row in the result.
+    place = (mask.flatten().cumsum(0) - 1).view(mask.shape).to(device)
+    with evaluation(model), torch.no_grad():
+        for part, where in _parts(model, rollout, max_batch_tokens):
+            states[place[where]] = _emitting_states(model, part).to(states.dtype)
+    return states
 
 
 def logits_to_stats(logits: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -231,15 +253,23 @@ def over_micro_batches(
     Returns:
         ``outputs`` tensors ``[N, T]``, float64, zero where the mask is False, on the model's device.
     """
+    shape, device = rollout.completion_ids.shape, model_device(model)
+    results = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(outputs)]
+    for part, where in _parts(model, rollout, max_batch_tokens):
+        for result, values in zip(results, score(part), strict=True):
+            result[where] = values.double()
+    return results
+
+
+def _parts(
+    model: nn.Module, rollout: Rollout, max_batch_tokens: int | None
+) -> Iterator[tuple[Rollout, tuple[Tensor, Tensor]]]:
+    """The micro-batches on the model's device, and where in ``[N, T]`` their completion tokens lie, in mask order."""
     rollout = rollout.to(model_device(model))
-    results = [torch.zeros(rollout.completion_ids.shape, dtype=torch.float64, device=rollout.completion_ids.device)]
-    results += [torch.zeros_like(results[0]) for _ in range(outputs - 1)]
     for rows in micro_batches(rollout, default_batch_tokens(model) if max_batch_tokens is None else max_batch_tokens):
         part = compact(rollout, rows)
         row, column = part.completion_mask.nonzero(as_tuple=True)
-        for result, values in zip(results, score(part), strict=True):
-            result[rows[row], column] = values.double()
-    return results
+        yield part, (rows[row], column)
 
 
 def _scored(
@@ -262,15 +292,40 @@ def _scatter(values: Tensor, mask: Tensor) -> Tensor:
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
+def _packed(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids ``[n, L]``, packed to the left, and rows and columns of the positions that emit completion tokens."""
+    mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)
+    order = (~mask).int().argsort(dim=1, stable=True)  # real tokens first, in their order
+    length = int(mask.sum(1).max())
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1).masked_fill(~mask, 0)
+    rows, columns = rollout.completion_mask.nonzero(as_tuple=True)
+    columns = rollout.prompt_lengths[rows] + columns - 1  # the position before a token predicts it
+    return ids.gather(1, order)[:, :length], rows, columns
+
+
+def _emitting_states(model: nn.Module, rollout: Rollout) -> Tensor:
+    """The hidden states that emit the completion tokens of one micro-batch, ``[number of tokens, d]``."""
+    ids, rows, columns = _packed(rollout)
+    states: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        states.append(hidden[rows, columns])
+        return hidden[:, :0]  # nothing is left for the head to do
+
+    with _head_reads(model, keep):
+        model(input_ids=ids, use_cache=False)
+    return states[0]
+
+
 @contextmanager
-def _head_reads_only(model: nn.Module, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Make the vocabulary head see the chosen positions alone, as one row ``[1, n, hidden]``.
+def _head_reads(model: nn.Module, chosen: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Make the vocabulary head see ``chosen(hidden)``, a few positions of the hidden states, as ``[1, n, hidden]``.
 
     A hook on the head's input works for every architecture and keeps what a model does to its logits afterwards.
     """
 
     def choose(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][rows, columns][None], *args[1:])
+        return (chosen(args[0]), *args[1:])
 
     handle = output_head(model).register_forward_pre_hook(choose)
     try:

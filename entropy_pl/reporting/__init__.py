@@ -1,24 +1,44 @@
 """What was measured, kept and shown: record files, figures, TensorBoard scalars and the terminal's table.
 
-Everything here takes *records*, the JSON-able dicts that a probe leaves behind (their keys are listed in
-:mod:`entropy_pl.reporting.records`), so that a figure can be redrawn years later from the file alone.
+What is shown is made of *records*, the JSON-able dicts that a probe leaves behind (their keys are listed in
+:mod:`entropy_pl.reporting.records`), so that a figure can be redrawn years later from the file alone. The detailed log
+of an offline measurement goes down to sequences and tokens (:mod:`entropy_pl.reporting.detailed`).
 """
 
+from entropy_pl.reporting.detailed import (
+    DetailedLog,
+    LoggingSettings,
+    MeasuredBatch,
+    config_hash,
+    raw_tensors,
+    sequence_records,
+    summary_record,
+    token_records,
+)
 from entropy_pl.reporting.figures import delta_entropy_figure, eta_sweep_figure
 from entropy_pl.reporting.records import SCHEMA, Record, RecordWriter, latest_per_step, read_records, taken_point
-from entropy_pl.reporting.table import probe_table
+from entropy_pl.reporting.table import probe_table, sweep_table
 from entropy_pl.reporting.tensorboard import add_margin_charts, scalars
 
 __all__ = [
     "SCHEMA",
+    "DetailedLog",
+    "LoggingSettings",
+    "MeasuredBatch",
     "Record",
     "RecordWriter",
     "add_margin_charts",
+    "config_hash",
     "delta_entropy_figure",
     "eta_sweep_figure",
     "latest_per_step",
     "probe_table",
+    "raw_tensors",
     "read_records",
     "scalars",
+    "sequence_records",
+    "summary_record",
+    "sweep_table",
     "taken_point",
+    "token_records",
 ]

@@ -61,7 +61,7 @@ def delta_entropy_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     rewards = _column(records, "reward")
     with_reward = bool(np.isfinite(rewards).any())
 
-    figure = _figure(height=5.2 if with_reward else 4.0)
+    figure = new_figure(height=5.2 if with_reward else 4.0)
     rows = figure.subplots(
         2 if with_reward else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1][: 1 + with_reward]
     )
@@ -108,7 +108,7 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
 
     etas = _column(sweep, "eta")
     per_eta = bool(etas.min() > 0 and etas.max() >= WIDE * etas.min())
-    figure = _figure(height=4.2)
+    figure = new_figure(height=4.2)
     axes: Axes = figure.subplots()
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     handles: list[Artist | ErrorbarContainer] = [_measured_changes(axes, etas, sweep, per_eta)]
@@ -120,13 +120,13 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
     handles += _predictions(axes, grid, record, per_eta)
     title, eta_star = f"optimizer step {step}", number(record, "eta_star")
     if math.isfinite(eta_star):
-        title += rf",  $\eta^*$ = {_power(eta_star)}"
+        title += rf",  $\eta^*$ = {scientific(eta_star)}"
     if grid[0] <= eta_star <= grid[-1]:
         handles.append(axes.axvline(eta_star, color=GREY, linestyle=":", linewidth=1.4, label=r"$\eta^*$"))
     for eta, point in zip(etas, sweep, strict=True):
         if point.get("taken"):
             value = number(point.get("true"), "value") / (eta if per_eta else 1)
-            label = rf"step taken, $\eta$ = {_power(eta)}"
+            label = rf"step taken, $\eta$ = {scientific(eta)}"
             handles += axes.plot(
                 eta, value, "o", markersize=13, markerfacecolor="none", markeredgecolor="black", zorder=5, label=label
             )
@@ -211,7 +211,7 @@ def _interval_title(records: Sequence[Mapping[str, Any]]) -> str:
     return f"{100 * found.pop():g} % confidence intervals" if len(found) == 1 else "confidence intervals"
 
 
-def _power(value: float) -> str:
+def scientific(value: float) -> str:
     """``2.5e-05`` as mathematical text."""
     mantissa, exponent = f"{value:.1e}".split("e")
     return rf"${mantissa.removesuffix('.0')}\times 10^{{{int(exponent)}}}$"
@@ -223,14 +223,15 @@ def _finish(axes: Axes, axis: Literal["both", "y"]) -> None:
     axes.ticklabel_format(axis=axis, style="sci", scilimits=(-2, 3), useMathText=True)
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """An empty figure of this module's width; ``height`` in inches."""
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _empty_figure(text: str) -> Figure:
-    figure = _figure(height=2.0)
+    figure = new_figure(height=2.0)
     text = text.replace("$", r"\$")  # a message's dollars are no mathematics; wrapping ignores `parse_math`
     figure.text(0.5, 0.5, text, ha="center", va="center", color=GREY, wrap=True)
     return figure

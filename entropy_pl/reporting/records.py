@@ -1,4 +1,4 @@
-"""Probe records: one JSON line per probe, written so that a killed run loses nothing it had measured.
+"""Records: one JSON line each, written so that a killed run loses nothing it had measured.
 
 A *record* is a JSON-able dict. Every probe's record has ``schema``, ``kind`` (``"probe"``), ``status`` (``"ok"``,
 ``"no_movement"``, ``"skipped"`` or ``"failed"``), ``message``, ``step`` (the optimizer step, from 0) and ``lr``; one
@@ -11,15 +11,18 @@ that was measured has the rest:
 * ``eta_star``, ``update_norm``, ``reward``, ``normalize``, and whatever else its writer found worth keeping.
 
 Files are strict JSON: a number that is not finite is written as null, since ``NaN`` is not JSON and most readers
-refuse it.
+refuse it. A file whose name ends in ``.gz`` is compressed, every record a gzip member of its own: ``zcat`` reads it,
+and a file cut short still yields every member that is whole.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -30,15 +33,20 @@ SCHEMA = 1
 
 Record = dict[str, Any]
 
+GZIP_MAGIC = b"\x1f\x8b\x08"  # how every gzip member begins
+CHUNK = 1 << 16  # bytes decompressed at a time: what lies behind a member's end is copied once per member
+
 
 class RecordWriter:
     """Appends records to a file of JSON lines.
 
-    Each record is one write of a full line, on disk (fsync) when :meth:`write` returns. A line left unfinished by a
-    killed run stays as it is, and the next record starts on a line of its own. Nothing is kept open in between.
+    Each record is one write of a full line, on disk (fsync) when :meth:`write` returns. What a killed run left
+    unfinished stays as it is, and the next record starts on a line, or a gzip member, of its own: :func:`read_records`
+    goes on behind the gap, where ``zcat`` stops. Nothing is kept open in between.
 
     Args:
-        path: the file to append to; it and its folders are made when first written to.
+        path: the file to append to, compressed if its name ends in ``.gz``; it and its folders are made when first
+            written to.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -57,15 +65,20 @@ class RecordWriter:
         """
         if not isinstance(record, Mapping):
             raise TypeError(f"expected a record (a mapping), got {type(record).__name__}")
-        line = json.dumps(_plain(record, "record"), allow_nan=False).encode() + b"\n"
+        line = to_json(record).encode() + b"\n"
+        if _compressed(self.path):
+            line = gzip.compress(line, compresslevel=6, mtime=0)  # no clock: the same records give the same file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b", buffering=0) as file:  # unbuffered: one system call per line
-            if file.seek(0, os.SEEK_END):
+            if not _compressed(self.path) and file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     line = b"\n" + line
-            written = file.write(line)
-            os.fsync(file.fileno())
+            try:
+                written = file.write(line)
+                os.fsync(file.fileno())
+            except OSError as error:  # which, of an open file, does not say its name
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
         if written != len(line):
             raise OSError(f"expected to write {len(line)} bytes to {self.path}, wrote {written}: is the disk full?")
 
@@ -73,7 +86,8 @@ class RecordWriter:
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """The records of a file, in the order they were written.
 
-    Lines that are no record (unfinished, not JSON, of another schema) are left out, with a warning that names them.
+    Lines that are no record (unfinished, not JSON, of another schema) are left out, with a warning that names them; so
+    are the bytes of a ``.gz`` file that belong to no whole gzip member.
 
     Args:
         path: a file written by :class:`RecordWriter`.
@@ -86,16 +100,34 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"expected a file of probe records (JSON lines), got {path}, which is not a file")
+        raise FileNotFoundError(f"expected a file of records (JSON lines), got {path}, which is not a file")
+    data = path.read_bytes()
+    if _compressed(path):
+        size, (data, lost) = len(data), _whole_members(data)
+        if lost:
+            warnings.warn(f"{path}: {lost} of {size} bytes are in no whole gzip member and were left out", stacklevel=2)
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(data.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             records.append(_parse(line))
         except ValueError as error:
-            warnings.warn(f"{path}, line {number} is not a probe record and was left out: {error}", stacklevel=2)
+            warnings.warn(f"{path}, line {number} is not a record and was left out: {error}", stacklevel=2)
     return records
+
+
+def to_json(record: Mapping[str, Any], *, sort_keys: bool = False) -> str:
+    """A record as strict JSON on one line.
+
+    Args:
+        record: as :meth:`RecordWriter.write` takes it.
+        sort_keys: whether keys are sorted, so that equal records give equal text whatever their order.
+
+    Raises:
+        TypeError: if the record holds something that JSON has no form for.
+    """
+    return json.dumps(_plain(record, "record"), allow_nan=False, sort_keys=sort_keys)
 
 
 def latest_per_step(records: Sequence[Mapping[str, Any]]) -> list[Record]:
@@ -137,6 +169,42 @@ def number(mapping: Mapping[str, Any] | None, key: str) -> float:
     """``mapping[key]`` as a float; NaN where it is absent, None or not finite."""
     value = None if mapping is None else mapping.get(key)
     return float(value) if isinstance(value, Real) and math.isfinite(value) else math.nan
+
+
+def _compressed(path: Path) -> bool:
+    return path.suffix == ".gz"
+
+
+def _whole_members(data: bytes) -> tuple[bytes, int]:
+    """The text of every whole gzip member, and how many bytes are in none."""
+    view = memoryview(data)
+    texts: list[bytes] = []
+    start = lost = 0
+    while start < len(data):
+        end, text = _member(view, start)
+        if not end:  # cut short by a killed run; a later run may have gone on behind it
+            end = data.find(GZIP_MAGIC, start + 1)
+            end = len(data) if end < 0 else end
+            lost += end - start
+            text = b"\n"
+        texts.append(text)
+        start = end
+    return b"".join(texts), lost
+
+
+def _member(view: memoryview, start: int) -> tuple[int, bytes]:
+    """Where the whole gzip member that begins at ``start`` ends, and its text; 0 where there is none."""
+    reader = zlib.decompressobj(wbits=31)  # with gzip's header, and its checksum verified
+    parts = []
+    for at in range(start, len(view), CHUNK):
+        chunk = view[at : at + CHUNK]
+        try:
+            parts.append(reader.decompress(chunk))
+        except zlib.error:
+            break
+        if reader.eof:
+            return at + len(chunk) - len(reader.unused_data), b"".join(parts)
+    return 0, b""
 
 
 def _parse(line: bytes) -> Record:

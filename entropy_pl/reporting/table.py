@@ -45,6 +45,43 @@ def probe_table(records: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def sweep_table(record: Mapping[str, Any]) -> Table:
+    """One row per step size of one measurement: ΔH and δH₁ with their errors, and what parts them.
+
+    Args:
+        record: one probe's record, or the results of an offline measurement.
+    """
+    table = Table(
+        title="Entropy change over step sizes", box=box.SIMPLE_HEAD, pad_edge=False, caption=_sweep_caption(record)
+    )
+    for name in ("η", "ΔH ± SE", "δH₁ ± SE", "ΔH/δH₁ − 1", "ESS"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for point in record.get("sweep") or ():
+        true, first_order = point.get("true"), point.get("first_order")
+        value, predicted = number(true, "value"), number(first_order, "value")
+        excess = value / predicted - 1 if predicted else math.nan
+        ess = number(true, "ess")
+        table.add_row(
+            f"{number(point, 'eta'):.3g}{' (taken)' if point.get('taken') else ''}",
+            with_error(value, number(true, "stderr")),
+            with_error(predicted, number(first_order, "stderr")),
+            DASH if math.isnan(excess) else f"{excess:+.2e}",
+            DASH if math.isnan(ess) else f"{ess:.0f}",
+        )
+    return table
+
+
+def _sweep_caption(record: Mapping[str, Any]) -> str:
+    entropy, law = record.get("entropy"), record.get("power_law")
+    unit = str(record.get("normalize", "")).replace("_", " ")
+    parts = [f"H = {number(entropy, 'value'):.4f} ± {number(entropy, 'stderr'):.1e} nats {unit}".rstrip()]
+    parts.append(f"N = {number(entropy, 'n_sequences'):.0f}")
+    parts.append(f"η* = {_shown(record, 'eta_star', '.1e', error='eta_star_stderr')}")
+    if law:
+        parts.append(f"log-log slope {number(law, 'slope'):.4f}, R² {number(law, 'r_squared'):.6f}")
+    return ", ".join(parts)
+
+
 def with_error(value: float, stderr: float) -> str:
     """A value and its standard error, rounded at the same decimal place: ``-1.230e-03 ± 4.5e-05``.
 

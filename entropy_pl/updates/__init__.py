@@ -1,7 +1,19 @@
-"""What one optimizer step did to the parameters, read off the step itself."""
+"""What one optimizer step did to the parameters, read off the step itself, or would do, from a saved state."""
 
 from entropy_pl.updates.displace import displaced, parameters_set_to
+from entropy_pl.updates.optimizer_state import MatchedState, match_optimizer_state
+from entropy_pl.updates.rebuild import clip_gradients, rebuild_update
 from entropy_pl.updates.record import UpdateRecorder, record_update
 from entropy_pl.updates.vector import UpdateVector
 
-__all__ = ["UpdateRecorder", "UpdateVector", "displaced", "parameters_set_to", "record_update"]
+__all__ = [
+    "MatchedState",
+    "UpdateRecorder",
+    "UpdateVector",
+    "clip_gradients",
+    "displaced",
+    "match_optimizer_state",
+    "parameters_set_to",
+    "rebuild_update",
+    "record_update",
+]

@@ -21,7 +21,7 @@ from tiny import build_model, build_tokenizer
 from torch import nn
 
 from entropy_pl.callbacks import EntropyProbeCallback
-from entropy_pl.callbacks.session import seed_of_step
+from entropy_pl.policy import derived_seed
 from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.policy.sample import sample_completions
 from entropy_pl.probe import EntropyProbe
@@ -119,7 +119,7 @@ def test_the_record_is_what_the_probe_says_of_that_step(tmp_path):
         def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
             optimizer_closure()
             if self.trainer.global_step == 3:
-                with isolated_rng(seed_of_step(0, 3)):
+                with isolated_rng(derived_seed(0, "completions of step 3")):
                     prompts = random.Random("0").sample(PROMPTS, 16)
                     rollout = sample_completions(self.policy, self.tokenizer, prompts, max_new_tokens=5)
                 before = {n: p.detach().clone() for n, p in self.policy.named_parameters()}

@@ -8,30 +8,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from samples import NORMALIZE, WEIGHTING, N, T, plus, ragged
 from scipy import stats
 
 from entropy_pl.estimators import EntropyChange, entropy_estimate, first_order_delta_entropy, snis_delta_entropy
 from entropy_pl.rollout import TokenStats
-
-N, T = 37, 6
-NORMALIZE = ("per_token", "per_sequence")
-WEIGHTING = ("prefix", "sequence")
-
-
-def ragged(seed: int = 0, scale: float = 0.3) -> tuple[TokenStats, TokenStats]:
-    """Random statistics of ragged completions, and a random change of them."""
-    rng = torch.Generator().manual_seed(seed)
-    mask = torch.arange(T) < torch.randint(1, T + 1, (N, 1), generator=rng)
-
-    def noise(size: float) -> torch.Tensor:
-        return size * torch.randn(N, T, generator=rng, dtype=torch.float64) * mask
-
-    base = TokenStats(-noise(1).abs(), noise(1).abs(), mask)
-    return base, TokenStats(noise(scale), noise(scale), mask)
-
-
-def plus(base: TokenStats, change: TokenStats, eta: float = 1.0) -> TokenStats:
-    return TokenStats(base.logp + eta * change.logp, base.entropy + eta * change.entropy, base.mask)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)

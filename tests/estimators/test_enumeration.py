@@ -7,8 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from enumeration import Enumeration
-from torch import Tensor
+from samples import ETA, NORMALIZE, OPTIONS, at
 
 from entropy_pl.estimators import (
     entropy_estimate,
@@ -18,45 +17,6 @@ from entropy_pl.estimators import (
 )
 from entropy_pl.policy.precision import float64_evaluation
 from entropy_pl.policy.score import token_stats
-from entropy_pl.policy.tangents import tangents, token_stats_jvp
-from entropy_pl.rollout import TokenStats
-
-NORMALIZE = ("per_token", "per_sequence")
-OPTIONS = list(itertools.product(NORMALIZE, ("prefix", "sequence"), ("rao_blackwell", "surprisal")))
-ETA = 0.1  # log weights of sd 0.3: importance sampling has work to do
-N_LARGE = 40_000
-
-
-@pytest.fixture(scope="module")
-def enumeration() -> Enumeration:
-    return Enumeration.make(seed=1)
-
-
-@pytest.fixture(scope="module")
-def scored(enumeration: Enumeration) -> dict[str, TokenStats]:
-    """Every completion scored once: at θ, at θ+ηv, and its derivatives."""
-    with float64_evaluation(enumeration.model):
-        base, first = token_stats_jvp(enumeration.model, enumeration.rollout, enumeration.update)
-        return {
-            "base": base,
-            "first": first,
-            "second": tangents(
-                enumeration.model, enumeration.rollout, enumeration.update, method="central_difference"
-            ).second,
-            "shifted": token_stats(enumeration.model, enumeration.rollout, update=enumeration.update, eta=ETA),
-        }
-
-
-@pytest.fixture(scope="module")
-def drawn(enumeration: Enumeration) -> Tensor:
-    """N_LARGE completions drawn by their exact probabilities, as row numbers."""
-    p = enumeration.probabilities()
-    assert float(p.sum()) == pytest.approx(1, abs=1e-12)  # nothing was left out of the enumeration
-    return torch.from_numpy(np.random.default_rng(1).choice(len(p), N_LARGE, p=p.numpy() / float(p.sum())))
-
-
-def at(scored: dict[str, TokenStats], rows: Tensor, *names: str) -> list[TokenStats]:
-    return [scored[name].select(rows) for name in names]
 
 
 @pytest.mark.parametrize(("normalize", "integrand"), itertools.product(NORMALIZE, ("rao_blackwell", "surprisal")))

@@ -32,6 +32,7 @@ from entropy_pl.policy.score import (
     NonFiniteError,
     compact,
     completion_logits,
+    head_inputs,
     logits_to_stats,
     micro_batches,
     output_head,
@@ -503,6 +504,62 @@ class TestNothingIsLeftBehind:
 
 def grads(model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+class TestHeadInputs:
+    @staticmethod
+    def plain_states(model: nn.Module, rollout: Rollout) -> Tensor:
+        """The last hidden states before every completion token, row after row."""
+        states = []
+        for row in range(len(rollout)):
+            prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
+            completion = rollout.completion_ids[row][rollout.completion_mask[row]].tolist()
+            hidden = model(input_ids=torch.tensor([prompt + completion]), output_hidden_states=True).hidden_states[-1]
+            states += [hidden[0, len(prompt) - 1 + k] for k in range(len(completion))]
+        return torch.stack(states)
+
+    @pytest.mark.parametrize("family", ["qwen2", "qwen2-tied", "gemma2", "gpt2"])
+    @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+    def test_against_a_loop(self, family, lora, rollout):
+        model = build_family(family, lora)
+        with float64_evaluation(model), torch.no_grad():
+            expected = self.plain_states(model, rollout)
+            found = head_inputs(model, rollout)
+            torch.testing.assert_close(found, expected, **FLOAT64)
+            # They are what the logits are made of, after the final norm. (Gemma 2 caps its logits.)
+            if family != "gemma2":
+                torch.testing.assert_close(output_head(model)(found), completion_logits(model, rollout), **FLOAT64)
+        assert expected.shape == (int(rollout.completion_mask.sum()), 16)
+        narrow = head_inputs(model, rollout)
+        assert narrow.dtype == torch.float32
+        assert not narrow.requires_grad
+        torch.testing.assert_close(narrow.double(), expected, **FLOAT32)
+
+    @pytest.mark.parametrize("budget", [1, 7, 16])
+    def test_order_and_budget(self, budget):
+        model, rollout = build_family("qwen2", lora=True), build_rollout(extra=2)
+        with float64_evaluation(model), torch.no_grad():
+            torch.testing.assert_close(
+                head_inputs(model, rollout, max_batch_tokens=budget), self.plain_states(model, rollout), **FLOAT64
+            )
+
+    def test_the_head_has_nothing_to_do_and_reads_on_afterwards(self, rollout):
+        model, seen = build_family("qwen2", lora=True).bfloat16(), []
+        output_head(model).register_forward_hook(lambda _, args, out: seen.append(out.shape[1]))
+        assert head_inputs(model, rollout).dtype == torch.float32
+        assert seen == [0]
+        assert model.training
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+        assert seen == [0, 3]
+
+    def test_a_head_that_is_trained_in_full(self, rollout):
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+        model = get_peft_model(build_family("qwen2"), config)
+        with float64_evaluation(model), torch.no_grad():
+            torch.testing.assert_close(head_inputs(model, rollout), self.plain_states(model, rollout), **FLOAT64)
+
+    def test_no_completions(self):
+        assert head_inputs(build_family("qwen2"), build_rollout(((3, 0), (2, 0)))).shape == (0, 16)
 
 
 lengths_and_budgets = st.tuples(

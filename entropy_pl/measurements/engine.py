@@ -1,0 +1,264 @@
+"""The offline instrument: a checkpoint with its optimizer, one config, as many measurements as one likes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from entropy_pl.config import SettingsParser
+from entropy_pl.data.datamodule import PromptDataModule
+from entropy_pl.measurements.batches import draw_e_batch, draw_u_batch, prompt_data
+from entropy_pl.measurements.results import ResultsFolder, sweep_with_seed_keys, versions
+from entropy_pl.measurements.settings import MeasurementSettings
+from entropy_pl.measurements.update import MeasuredUpdate, update_from_optimizer, update_from_pair
+from entropy_pl.policy import Checkpoint, checkpoint_weights, decode_completions, load_checkpoint
+from entropy_pl.policy.precision import matmul_precision
+from entropy_pl.probe import EntropyProbe, ProbeResult, ProbeScores, timed
+from entropy_pl.reporting import SCHEMA, DetailedLog, MeasuredBatch, Record, config_hash
+from entropy_pl.rollout import Rollout
+
+OnPass = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What is to be scored.
+
+    Args:
+        rollout: the E-batch, drawn at θ.
+        prompts: of every sequence, ``[N]``.
+        update: v, and how it was made.
+        seconds: wall time per phase.
+    """
+
+    rollout: Rollout
+    prompts: list[str]
+    update: MeasuredUpdate
+    seconds: dict[str, float]
+
+
+class EntropyMeasurements:
+    """Measures, offline, what the next optimizer step of a checkpoint would do to the policy's entropy.
+
+    The policy and its optimizer state are loaded; a U-batch is drawn, rewarded and turned into the gradient that
+    training would have taken; the AdamW step follows from it and the saved moments; an E-batch of its own measures
+    ΔH(η) along that step beside δH₁(η). Or v is the difference of two checkpoints.
+
+    Args:
+        config: a mapping, a YAML file's path, or settings at hand.
+
+    Raises:
+        ValueError: for an unknown key, a value of another type or an impossible one.
+        FileNotFoundError: if there is no such config file.
+
+    Example:
+        results = EntropyMeasurements("configs/measure.yaml").run_experiments()
+        for point in results["sweep"]:
+            print(point["eta"], point["deltaH_true"], point["true"]["stderr"], point["deltaH_approx"])
+    """
+
+    def __init__(self, config: Mapping[str, Any] | str | os.PathLike[str] | MeasurementSettings) -> None:
+        self.settings = (
+            config if isinstance(config, MeasurementSettings) else SettingsParser(MeasurementSettings).read(config)
+        )
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The policy and the raw optimizer state, loaded when first needed.
+
+        Raises:
+            ValueError: if the checkpoint, its optimizer or the base model cannot be used.
+        """
+        chosen = self.settings.checkpoint
+        checkpoint = load_checkpoint(
+            chosen.checkpoint_path,
+            optimizer_path=chosen.optimizer_path,
+            backbone=chosen.backbone,
+            lora=chosen.lora,
+            dtype=chosen.dtype,
+            quantization=chosen.quantization,
+            device_map=chosen.device_map,
+        )
+        if checkpoint.optimizer is None and chosen.after_checkpoint_path is None:
+            raise ValueError(
+                f"expected an optimizer's state in or beside {chosen.checkpoint_path}, got none: give "
+                "checkpoint.optimizer_path, or checkpoint.after_checkpoint_path for the difference of two checkpoints"
+            )
+        if chosen.device_map is None and torch.cuda.is_available():
+            checkpoint.policy.model.to("cuda")  # type: ignore[arg-type]
+        return checkpoint
+
+    def run_experiments(self, *, progress_bar: bool = True) -> Record:
+        """Measure, write what the config asks to be written, and return the results.
+
+        Args:
+            progress_bar: show one, with the time left; never without a terminal.
+
+        Returns:
+            A JSON-able dict: ``sweep``, one dict per η (``eta``, ``deltaH_true``, ``deltaH_approx`` in nats; ``true``
+            and ``first_order``, the same with standard error, interval, ESS and weight health), ``entropy``,
+            ``first_order`` (per unit η), ``second_order`` (per unit η²), ``eta_star``, ``symmetric``, ``power_law``
+            (log-log slope and R²), ``update`` and how it was made, ``B_E``, ``B_U``, ``G``, ``timing`` (seconds per
+            phase, ``total``), ``tokens_per_second``, ``versions``, ``config``, ``config_hash``, ``seed``.
+
+        Raises:
+            ValueError: if the output folder holds results of another config, the checkpoint cannot be used, or no
+                estimate can be made.
+        """
+        settings = self.settings
+        fingerprint = fingerprint_of(settings)
+        folder = None if settings.output_directory is None else ResultsFolder(settings.output_directory, fingerprint)
+        probe = settings.probe()
+        seconds: dict[str, float] = {}
+        with (
+            timed(seconds, "total"),
+            tqdm(
+                desc="entropy measurement",
+                total=self.passes(probe),
+                unit="pass",
+                leave=False,
+                disable=None if progress_bar else True,
+            ) as bar,
+        ):
+
+            def advance(phase: str) -> None:
+                bar.set_postfix_str(phase, refresh=False)
+                bar.update()
+
+            with timed(seconds, "loading"):
+                _ = self.checkpoint
+            advance("loading")
+            drawn = self.draw(on_pass=advance)
+            scores = self.score(drawn, on_pass=advance)
+            result = probe.reduce(scores, drawn.update.vector)
+        results = self._results(drawn, result, seconds | drawn.seconds | scores.seconds, fingerprint)
+        if folder is not None:
+            folder.write(results)
+        if settings.detailed_logging.enabled:
+            self._log(drawn, scores, result, results)
+        return results
+
+    def draw(self, settings: MeasurementSettings | None = None, *, on_pass: OnPass = lambda phase: None) -> Drawn:
+        """Draw both batches and make v.
+
+        Args:
+            settings: others for the same checkpoint (another seed, another B_E); None: this measurement's.
+            on_pass: called with a phase's name after every pass, for progress bars.
+
+        Raises:
+            ValueError: as :meth:`run_experiments`.
+        """
+        settings = settings or self.settings
+        policy, seconds = self.checkpoint.policy, dict[str, float]()
+        data = prompt_data(settings)
+        with _products_as_in(settings):
+            update = self._update(data, settings, seconds, on_pass)
+            with timed(seconds, "sampling_e", policy.model):
+                rollout = draw_e_batch(policy, data.e_prompts, settings)
+            on_pass("sampling E")
+        each = settings.batch_config.completions_per_prompt
+        return Drawn(rollout, [prompt for prompt in data.e_prompts for _ in range(each)], update, seconds)
+
+    def score(
+        self, drawn: Drawn, settings: MeasurementSettings | None = None, *, on_pass: OnPass = lambda phase: None
+    ) -> ProbeScores:
+        """Score an E-batch at θ, along v and at every θ+ηv; the arguments are :meth:`draw`'s and what it returned."""
+        settings = settings or self.settings
+        with _products_as_in(settings):
+            return settings.probe().collect(
+                self.checkpoint.policy.model, drawn.rollout, drawn.update.vector, on_pass=on_pass
+            )
+
+    def passes(self, probe: EntropyProbe) -> int:
+        """Passes of a measurement: loading, U's sampling and gradient, E's sampling, and the probe's."""
+        return 4 + probe.passes(lr=1.0)
+
+    def _update(
+        self, data: PromptDataModule, settings: MeasurementSettings, seconds: dict[str, float], on_pass: OnPass
+    ) -> MeasuredUpdate:
+        policy, after = self.checkpoint.policy, settings.checkpoint.after_checkpoint_path
+        if after is not None:
+            with timed(seconds, "update", policy.model):
+                update = update_from_pair(policy.model, checkpoint_weights(after, policy.model), settings.update.lr)
+        else:
+            assert self.checkpoint.optimizer is not None
+            with timed(seconds, "sampling_u", policy.model):
+                groups = draw_u_batch(policy, data, settings)
+            on_pass("sampling U")
+            with timed(seconds, "update", policy.model):
+                update = update_from_optimizer(policy.model, self.checkpoint.optimizer, groups, settings)
+        on_pass("update")
+        if update.vector.norm() == 0:
+            raise ValueError("expected an update that moves the policy, got v = 0: the two checkpoints are the same")
+        return update
+
+    def _results(self, drawn: Drawn, result: ProbeResult, seconds: dict[str, float], fingerprint: str) -> Record:
+        settings, batch = self.settings, self.settings.batch_config
+        found = result.to_dict()
+        scored_tokens = result.entropy.n_tokens * settings.probe().passes(result.lr)
+        return {
+            "schema": SCHEMA,
+            "kind": "measurement",
+            "status": "ok",
+            "message": None,
+            "step": drawn.update.facts.get("step"),
+            "B_E": batch.B_E,
+            "B_U": batch.B_U,
+            "G": batch.G,
+            "completions_per_prompt": batch.completions_per_prompt,
+            **found,
+            "sweep": sweep_with_seed_keys(found["sweep"]),
+            "update": drawn.update.facts,
+            "timing": seconds,
+            "tokens_per_second": {
+                "sampling": result.entropy.n_tokens / seconds["sampling_e"],
+                "scoring": scored_tokens / sum(result.seconds.values()),
+            },
+            "seed": settings.seed,
+            "versions": versions(),
+            "config_hash": fingerprint,
+            "config": asdict(settings),
+        }
+
+    def _log(self, drawn: Drawn, scores: ProbeScores, result: ProbeResult, results: Record) -> None:
+        batch = MeasuredBatch(
+            rollout=drawn.rollout,
+            base=scores.base,
+            tangent=scores.tangent,
+            shifted=scores.shifted,
+            changes={point.eta: point.true for point in result.sweep},
+            first_order=result.first_order,
+            clusters=scores.clusters,
+            prompts=drawn.prompts,
+            completions=decode_completions(self.checkpoint.policy.tokenizer, drawn.rollout),
+        )
+        run_id = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{results['config_hash'][:8]}"
+        with DetailedLog(self.settings.detailed_logging, run_id) as log:
+            log.write_measurement(
+                results, batch, config=_what_counts(self.settings), seconds=results["timing"]["total"]
+            )
+
+
+def _products_as_in(settings: MeasurementSettings) -> AbstractContextManager[None]:
+    return matmul_precision(settings.precision.matmul_precision, settings.precision.allow_tf32)
+
+
+def fingerprint_of(settings: MeasurementSettings) -> str:
+    """Hash of everything in the settings that may change a number: where and what is logged does not."""
+    return config_hash(_what_counts(settings))
+
+
+def _what_counts(settings: MeasurementSettings) -> dict[str, Any]:
+    return {
+        name: section
+        for name, section in asdict(settings).items()
+        if name not in ("detailed_logging", "output_directory")
+    }

@@ -1,0 +1,104 @@
+"""What a measurement returns, and the folder it is kept in."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from entropy_pl.reporting import Record, eta_sweep_figure
+from entropy_pl.reporting.records import to_json
+from entropy_pl.version import __version__
+
+RESULTS, CONFIG, FIGURE = "results.json", "config.yaml", "eta_sweep.png"
+LIBRARIES = ("torch", "transformers", "peft", "lightning")
+
+
+def versions() -> dict[str, str]:
+    """Of everything a number may depend on."""
+    return {
+        "entropy_pl": __version__,
+        "python": platform.python_version(),
+        **{library: version(library) for library in LIBRARIES},
+    }
+
+
+def sweep_with_seed_keys(sweep: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points of a probe's sweep, with the two values under the names that offline results give them."""
+    return [
+        {
+            "eta": point["eta"],
+            "deltaH_true": point["true"]["value"],
+            "deltaH_approx": point["first_order"]["value"],
+            **point,
+        }
+        for point in sweep
+    ]
+
+
+class ResultsFolder:
+    """Results of one config: ``results.json``, ``config.yaml``, ``eta_sweep.png``.
+
+    Args:
+        path: the folder; it is made with the first results.
+        config_hash: of the config that is about to be measured.
+
+    Raises:
+        ValueError: if the folder holds results of another config, or a file of that name that cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config_hash: str) -> None:
+        self.path = Path(path)
+        refuse_another_config(self.path / RESULTS, config_hash)
+
+    def write(self, results: Record) -> None:
+        """Replace the folder's results."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / CONFIG).write_text(as_yaml(results["config"]))
+        eta_sweep_figure(results).savefig(self.path / FIGURE)
+        write_whole(self.path / RESULTS, results)  # last: results that are there say that the rest is, too
+
+
+def as_yaml(config: Mapping[str, Any]) -> str:
+    """A config as a file that can be read again."""
+    return yaml.safe_dump(json.loads(to_json(config)), sort_keys=False)
+
+
+def write_whole(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file at once: whoever finds it finds all of it."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(json.loads(to_json(content)), indent=2) + "\n")
+    temporary.replace(file)
+
+
+def refuse_another_config(file: Path, config_hash: str) -> None:
+    """Refuse a folder that another config was measured into.
+
+    Args:
+        file: the folder's JSON file with its ``config_hash``; it need not exist.
+        config_hash: of the config that is about to be measured.
+
+    Raises:
+        ValueError: if the file has another hash, or cannot be read.
+    """
+    if not file.exists():
+        return
+    try:
+        content: Mapping[str, Any] = json.loads(file.read_text())
+        found = content["config_hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected {file} to hold results of this package, got {type(error).__name__}: {error}. Give another "
+            "output_directory"
+        ) from error
+    if found != config_hash:
+        raise ValueError(
+            f"expected an output_directory without results of another config, got {file.parent}, whose results have "
+            f"the config hash {found} instead of {config_hash}: give another folder, or remove that one"
+        )

@@ -1,0 +1,120 @@
+"""Where v comes from offline: an optimizer's state and a fresh gradient, or two checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from entropy_pl.groups import Groups
+from entropy_pl.measurements.settings import MeasurementSettings, PrecisionSettings
+from entropy_pl.policy import evaluation, evaluation_mode, float64_evaluation, trainable_parameters
+from entropy_pl.policy_gradient import PolicyGradient
+from entropy_pl.updates import UpdateVector, clip_gradients, match_optimizer_state, rebuild_update
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredUpdate:
+    """An update, and what there is to say of how it was made.
+
+    Args:
+        vector: v.
+        facts: JSON-able: ``source`` is ``"optimizer"`` or ``"pair"``; of an optimizer ``matched_by``, ``step`` (taken
+            before this one), ``gradient_norm`` (before clipping) and ``gradient_scale`` (what clipping left of it), and
+            of the U-batch ``reward``, ``zero_advantage_fraction``, ``n_sequences`` and ``n_tokens``.
+    """
+
+    vector: UpdateVector
+    facts: dict[str, Any]
+
+
+def update_from_optimizer(
+    model: nn.Module, saved: Mapping[str, Any], groups: Groups, settings: MeasurementSettings
+) -> MeasuredUpdate:
+    """The step that training would take next, from the optimizer's saved moments and the gradient of a fresh U-batch.
+
+    The model is in eval mode for it: dropout, where training has any, is left out.
+
+    Raises:
+        ValueError: if the state does not belong to the model or is not Adam's, no group of the U-batch has an
+            advantage, or the gradient is not finite.
+    """
+    parameters = trainable_parameters(model)
+    state = match_optimizer_state(saved, parameters, decoupled=settings.update.decoupled_weight_decay)
+    gradients, norm, scale = clip_gradients(u_gradient(model, groups, settings), settings.update.max_grad_norm)
+    vector = rebuild_update(parameters, gradients, state, lr=settings.update.lr)
+    steps = [moments.step for group in state.groups for moments in group.moments.values() if moments is not None]
+    facts = {
+        "source": "optimizer",
+        "matched_by": state.matched_by,
+        "step": int(max(steps, default=0)),
+        "gradient_norm": norm,
+        "gradient_scale": scale,
+        "reward": float(groups.rewards.mean()),
+        "zero_advantage_fraction": float(groups.zero_advantage.double().mean()),
+        "n_sequences": len(groups.rollout),
+        "n_tokens": int(groups.rollout.completion_mask.sum()),
+    }
+    return MeasuredUpdate(vector, facts)
+
+
+def update_from_pair(model: nn.Module, after: Mapping[str, Tensor], lr: float | None) -> MeasuredUpdate:
+    """V = (θ′ − θ)/lr, lr = 1 unless told: then η = 1 is the whole way, be it one step or a thousand.
+
+    Args:
+        model: at θ.
+        after: θ′ by parameter name; parameters it does not name stay.
+        lr: learning rate to divide by.
+    """
+    parameters = dict(model.named_parameters())
+    lr = 1.0 if lr is None else lr
+    direction = {}
+    for name, value in after.items():
+        theta = parameters[name].detach()
+        direction[name] = (value.to(theta.device, torch.float64) - theta.double()) / lr
+    return MeasuredUpdate(UpdateVector(direction, lr), {"source": "pair"})
+
+
+def u_gradient(model: nn.Module, groups: Groups, settings: MeasurementSettings) -> dict[str, Tensor | None]:
+    """The gradient of the U-batch's loss by parameter name, not clipped; None where a parameter has no part in it.
+
+    Raises:
+        ValueError: if all rewards within every group are equal.
+    """
+    double = settings.precision.runtime_dtype == "float64"
+    objective = PolicyGradient(
+        settings.update.loss(settings.generation.max_new_tokens),
+        settings.update.advantage,
+        settings.generation.temperature,
+        settings.generation.max_batch_tokens,
+        dtype=torch.float64 if double else torch.float32,
+    )
+    with _gradient_precision(model, settings.precision):
+        batch = objective.batch(model, groups)
+        if batch is None:
+            raise ValueError(
+                f"expected groups with different rewards in the U-batch, got none out of {settings.batch_config.B_U}: "
+                "there is no gradient to rebuild a step from. Raise B_U or G, or look at the rewards"
+            )
+        parameters = trainable_parameters(model)  # in here, where they may be wider ones
+        model.zero_grad()
+        objective.backward(model, batch)
+        gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        model.zero_grad()
+    return gradients
+
+
+@contextmanager
+def _gradient_precision(model: nn.Module, precision: PrecisionSettings) -> Iterator[None]:
+    chosen = precision.update_vector
+    if precision.runtime_dtype == "float64":
+        context = float64_evaluation(model)
+    else:
+        context = evaluation(model) if chosen.grads_fp32 else evaluation_mode(model)
+    device = next(model.parameters()).device.type
+    with context, torch.autocast(device, dtype=getattr(torch, chosen.amp_dtype), enabled=chosen.use_amp):
+        yield

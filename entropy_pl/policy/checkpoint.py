@@ -1,0 +1,261 @@
+"""A policy as it was in the middle of a training run, with the state of its optimizer; and the difference of two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from entropy_pl.policy.backbones import locate_backbone
+from entropy_pl.policy.load import Policy, load_policy_from
+from entropy_pl.policy.settings import Dtype, LoraSettings, PolicySettings, Quantization
+from entropy_pl.policy.stored import StoredCheckpoint, one_optimizer, optimizer_near, read_checkpoint, read_optimizer
+from entropy_pl.policy.weights import check_lora, copy_weights, match_weights
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
+# Of a model's config.json: what has no part in its logits.
+_NOT_THE_MODEL = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "pad_token_id",
+        "eos_token_id",
+        "bos_token_id",
+    )
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A policy and its optimizer at one moment of a training run.
+
+    Args:
+        policy: model and tokenizer; in training mode, trainable as it was in training.
+        optimizer: the optimizer's raw ``state_dict()``, on the CPU; None where none was saved.
+        path: where it was read from.
+    """
+
+    policy: Policy
+    optimizer: dict[str, Any] | None = field(repr=False)
+    path: Path
+
+
+def load_checkpoint(
+    checkpoint_path: str | Path,
+    *,
+    optimizer_path: str | Path | None = None,
+    backbone: str | None = None,
+    lora: LoraSettings | None = None,
+    dtype: Dtype | None = None,
+    quantization: Quantization | None = None,
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+) -> Checkpoint:
+    """Load a policy from a checkpoint, with the state of its optimizer if that was saved.
+
+    A checkpoint is one of
+
+    * a folder with a PEFT adapter, as TRL and Hugging Face's Trainer leave it; the adapter names its base model and
+      brings its LoRA settings;
+    * a folder with a whole Hugging Face model: every parameter is trained;
+    * a ``.ckpt`` file of Lightning. GRPOModule's name the policy and its settings; of another module's the policy is
+      found under whatever attribute it was, frozen base model included or not, and ``backbone`` is needed, for LoRA
+      ``lora`` too: the weights tell the rank but not alpha;
+    * a file with a state dict (``.pt``, ``.pth``, ``.bin``, ``.safetensors``), as FSDP's full one: likewise.
+
+    Nothing in the files is executed, and no network is touched but for a base model that is named by its hub name.
+
+    Args:
+        checkpoint_path: the folder or file.
+        optimizer_path: a torch file with an optimizer's state dict (a Lightning checkpoint will do), or a folder with
+            ``optimizer.pt``. None: the one in the checkpoint itself, else ``optimizer.pt`` in its folder or beside it,
+            else none.
+        backbone: the base model: a folder, backbone key or hub name; instead of the one that the checkpoint names. To
+            a whole model's folder without tokenizer it lends its own.
+        lora: LoRA settings of the run; instead of those in the checkpoint, an adapter it was continued from included.
+            (An adapter's folder has the last word on its own, as in ``load_policy``.)
+        dtype: of the base weights. None: what the checkpoint says, else float32. Trained parameters that were saved in
+            float32 stay so.
+        quantization: ``"nf4"`` for 4-bit base weights. None: what the checkpoint says, else none.
+        device_map: placement by accelerate; None loads to the CPU.
+        attn_implementation: attention kernel. None: what the checkpoint says, else the model's default.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint, or a file of it is missing.
+        ValueError: if it is damaged or of no known kind, holds what only code could load, does not fit the base model
+            or the LoRA settings, or these are needed and not given.
+        OSError: if a hub name cannot be fetched.
+    """
+    path = Path(checkpoint_path).expanduser()
+    stored = read_checkpoint(path)
+    # First whatever fails at once: a large base model takes minutes.
+    if optimizer_path is not None:
+        optimizer: dict[str, Any] | None = read_optimizer(Path(optimizer_path).expanduser())
+    else:
+        near = None if stored.optimizers else optimizer_near(path)
+        optimizer = read_optimizer(near) if near else one_optimizer(stored.optimizers, path)
+    given: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "attn_implementation": attn_implementation}
+    given = {name: value for name, value in given.items() if value is not None} | {"device_map": device_map}
+    settings = _settings(path, stored, backbone, lora, given)
+
+    policy = load_policy_from(settings)
+    if stored.kind == "file" or (stored.kind == "model" and settings.name == backbone):
+        copy_weights(policy.model, match_weights(policy.model, stored.weights, source=str(path)))
+    return Checkpoint(policy, optimizer, path)
+
+
+def checkpoint_weights(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
+    """The weights of another checkpoint of the model's run, without a second model: θ′, where the model is at θ.
+
+    Args:
+        path: a checkpoint of any kind that ``load_checkpoint`` takes, trained as the model was: an adapter goes with an
+            adapter, a whole model with a whole model.
+        model: as ``load_checkpoint`` loaded it.
+
+    Returns:
+        Trainable parameter's name → tensor of its shape and dtype, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint, or a file of it is missing.
+        ValueError: if it is damaged or of no known kind, or its weights are not this model's, frozen ones included.
+    """
+    path = Path(path).expanduser()
+    stored = read_checkpoint(path)
+    found = match_weights(model, stored.weights, source=str(path))
+    alpha = _alpha(stored)
+    if alpha is not None and isinstance(model, PeftModel):
+        scaled_by = float(model.peft_config[model.active_adapter].lora_alpha)
+        if scaled_by != alpha:
+            raise ValueError(
+                f"expected a LoRA alpha of {scaled_by:g}, as the model's, in {path}, got {alpha:g}: the same weights "
+                "would be another policy there, so that the two are not two points of one run"
+            )
+    parameters = dict(model.named_parameters())
+    for name, weight in found.items():
+        if not parameters[name].requires_grad and not _same_but_for_rounding(weight, parameters[name]):
+            raise ValueError(
+                f"expected the model's frozen parameters in {path} where it has them, got another {name}: the two are "
+                "not of one run"
+            )
+    return {name: weight.to(parameters[name].dtype) for name, weight in found.items() if parameters[name].requires_grad}
+
+
+def _settings(
+    path: Path, stored: StoredCheckpoint, backbone: str | None, lora: LoraSettings | None, given: dict[str, Any]
+) -> PolicySettings:
+    """What the policy is loaded with, before a file's weights are written into it."""
+    if stored.kind == "adapter":
+        name = backbone or _named_base(path, stored.config.get("base_model_name_or_path"))
+        return PolicySettings(name, adapter=str(path), lora=lora, **given)
+    if stored.kind == "model":
+        return PolicySettings(_whole_model(path, backbone, lora), lora=None, **given)
+
+    if stored.policy is None:
+        if backbone is None:
+            raise ValueError(
+                f"expected the base model of {path}, which does not name it, got none: give it as backbone=, and the "
+                "run's LoRA settings, if it had any, as lora="
+            )
+        settings = PolicySettings(backbone, lora=lora, **given)
+    else:
+        settings = _saved_settings(path, stored.policy, given)
+        settings = replace(settings, name=backbone or _named_base(path, settings.name))
+        if lora is not None:
+            settings = replace(settings, lora=lora, adapter=None)
+    if settings.adapter is None:
+        check_lora(set() if settings.lora is None else {settings.lora.rank}, stored.weights, str(path))
+    return settings
+
+
+def _named_base(path: Path, name: str | None) -> str:
+    """The base model that a checkpoint names, if it can be found."""
+    try:
+        if not name:
+            raise ValueError("no name at all")
+        locate_backbone(name)
+    except ValueError as error:
+        raise ValueError(
+            f"expected the base model that {path} names to be here, got {name!r}: {error}. Give it as backbone="
+        ) from error
+    return name
+
+
+def _whole_model(path: Path, backbone: str | None, lora: LoraSettings | None) -> str:
+    """The name to load a whole model by: its folder, or the backbone whose place it takes, for the tokenizer's sake."""
+    if lora is not None:
+        raise ValueError(
+            f"expected lora=None with {path}, which holds a whole model, got {lora}: a new adapter on it is not what "
+            f"was trained; for a run that starts there, load_policy({str(path)!r}, lora=...)"
+        )
+    if any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+        return str(path.absolute())
+    if backbone is None:
+        raise ValueError(
+            f"expected a tokenizer in {path}, found none: give the model it was trained from as backbone=, to take "
+            "that one's, or save it there with tokenizer.save_pretrained"
+        )
+    location = locate_backbone(backbone)
+    of_folder, of_backbone = (
+        AutoConfig.from_pretrained(source, local_files_only=local).to_dict()
+        for source, local in ((str(path), True), (location.source, location.is_local))
+    )
+    differing = sorted(
+        key
+        for key in (of_folder.keys() | of_backbone.keys()) - _NOT_THE_MODEL
+        if of_folder.get(key) != of_backbone.get(key)
+    )
+    if differing:
+        raise ValueError(
+            f"expected the tokenizer of {path} in it, or a backbone of the same configuration to take it from, got "
+            f"{backbone!r}, which differs in {', '.join(differing)}: save the tokenizer there with "
+            "tokenizer.save_pretrained"
+        )
+    return backbone
+
+
+def _saved_settings(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> PolicySettings:
+    """The settings GRPOModule left in its checkpoint, those given in their place.
+
+    Raises:
+        ValueError: if they are no such settings, or name a kernel that would be downloaded and executed.
+    """
+    kernel = saved.get("attn_implementation")
+    if "attn_implementation" not in given and "/" in str(kernel):
+        raise ValueError(
+            f"expected the name of a built-in attention kernel in {path}, got {kernel!r}, which would be fetched and "
+            "executed: if you trust it, say so with attn_implementation="
+        )
+    try:
+        lora = saved.get("lora")
+        return PolicySettings(**saved | {"lora": None if lora is None else LoraSettings(**lora)} | given)
+    except (TypeError, ValueError) as error:
+        known = ", ".join(entry.name for entry in fields(PolicySettings))
+        raise ValueError(
+            f"expected policy settings ({known}) in {path}, got others: {error}. Load it with the version of this "
+            "package that saved it"
+        ) from error
+
+
+def _alpha(stored: StoredCheckpoint) -> float | None:
+    """LoRA's alpha, where the checkpoint tells it."""
+    settings = stored.policy or {}
+    if stored.kind == "file" and settings.get("adapter") is None:
+        alpha = (settings.get("lora") or {}).get("alpha")
+    else:
+        alpha = stored.config.get("lora_alpha")
+    return None if alpha is None else float(alpha)
+
+
+def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal in the narrower of their dtypes."""
+    dtype = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(one.to(dtype), other.detach().to("cpu", dtype))

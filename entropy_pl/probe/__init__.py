@@ -1,0 +1,21 @@
+"""The one engine: a policy, an E-rollout drawn from it, and an update, turned into a :class:`ProbeResult`.
+
+Model passes and arithmetic are apart: :meth:`EntropyProbe.collect` scores, :meth:`EntropyProbe.reduce` estimates, and
+:meth:`EntropyProbe.measure` does both. Whoever wants other estimates of the same scores reduces them again.
+"""
+
+from entropy_pl.probe.engine import EntropyProbe, Precision
+from entropy_pl.probe.result import ProbeResult, SweepPoint, SymmetricPoint
+from entropy_pl.probe.scores import ProbeScores, prompt_clusters
+from entropy_pl.probe.timing import timed
+
+__all__ = [
+    "EntropyProbe",
+    "Precision",
+    "ProbeResult",
+    "ProbeScores",
+    "SweepPoint",
+    "SymmetricPoint",
+    "prompt_clusters",
+    "timed",
+]

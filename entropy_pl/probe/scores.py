@@ -1,0 +1,66 @@
+"""What the model passes of a probe leave behind: everything its estimates are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from entropy_pl.rollout import Rollout, TokenStats
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeScores:
+    """An E-batch, scored at θ, along v, and at every θ+ηv.
+
+    Args:
+        base: at θ, ``[N, T]``.
+        tangent: first derivatives (ṡ, ḣ) per unit η, ``[N, T]``.
+        curvature: second derivatives (s̈, ḧ), ``[N, T]``.
+        shifted: η → statistics at θ+ηv, ``[N, T]``, by ascending η.
+        clusters: prompt of each sequence, ``[N]``; None where none repeats.
+        features: hidden states that emit the tokens, ``[tokens, d]`` in the order of the mask; None where no critic
+            asked for them.
+        method: how the first derivatives were made.
+        difference_step: h of the central difference behind the derivatives, in η.
+        seconds: wall time per phase.
+    """
+
+    base: TokenStats
+    tangent: TokenStats
+    curvature: TokenStats
+    shifted: dict[float, TokenStats]
+    clusters: Tensor | None
+    features: Tensor | None
+    method: str
+    difference_step: float | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def select(self, rows: Tensor) -> ProbeScores:
+        """The scores of some sequences, as if the others had never been drawn; the time they took stays whole."""
+        features = self.features
+        if features is not None:
+            parts = features.split(self.base.mask.sum(1).tolist())
+            features = torch.cat([parts[row] for row in rows.tolist()])
+        return ProbeScores(
+            self.base.select(rows),
+            self.tangent.select(rows),
+            self.curvature.select(rows),
+            {eta: stats.select(rows) for eta, stats in self.shifted.items()},
+            None if self.clusters is None else self.clusters[rows],
+            features,
+            self.method,
+            self.difference_step,
+            self.seconds,
+        )
+
+
+def prompt_clusters(rollout: Rollout) -> Tensor | None:
+    """Which sequences share a prompt, ``[N]``; None where none do."""
+    ids = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)
+    _, clusters = ids.unique(dim=0, return_inverse=True)
+    return clusters if int(clusters.max()) + 1 < len(rollout) else None

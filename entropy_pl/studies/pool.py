@@ -1,0 +1,110 @@
+"""One large E-batch, scored once, that a study takes apart in many ways."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from entropy_pl.measurements import EntropyMeasurements
+from entropy_pl.policy import derived_seed
+from entropy_pl.probe import ProbeScores
+from entropy_pl.studies.folder import StudyFolder
+from entropy_pl.studies.stored import drawn_once, scored_once
+from entropy_pl.studies.study import StudySettings, advance_by_phase, progress
+from entropy_pl.updates import UpdateVector
+
+DRAWN, SCORES = "pool_drawn.safetensors", "pool_scores.safetensors"
+SMALLEST = 64  # sequences, of sizes nobody chose
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """A scored E-batch, in an order of its own.
+
+    Args:
+        scores: of all its sequences.
+        update: v.
+        order: row numbers in a seeded order, ``[B_E]``, the sequences of a prompt side by side: its beginning is a
+            smaller E-batch, and so is any stretch of it.
+    """
+
+    scores: ProbeScores
+    update: UpdateVector
+    order: Tensor
+
+    @property
+    def eta_shown(self) -> float:
+        """The η that figures show where there is room for one: the one closest to the learning rate, as a ratio."""
+        return min(self.scores.shifted, key=lambda eta: (eta < 0, abs(math.log(abs(eta) / self.update.lr))))
+
+    def first(self, count: int) -> Tensor:
+        """Row numbers of the smaller E-batch of this size, ascending, ``[count]``."""
+        return self.order[:count].sort().values
+
+    def subsets(self, count: int, at_most: int) -> list[Tensor]:
+        """Row numbers of E-batches of this size that share no sequence and no prompt, ``[count]`` each."""
+        whole = len(self.order) // count
+        return [self.order[i * count : (i + 1) * count].sort().values for i in range(min(whole, at_most))]
+
+
+def pool_of(settings: StudySettings, folder: StudyFolder, *, features: bool, progress_bar: bool) -> Pool:
+    """The study's pool, from its folder or drawn and scored now.
+
+    Args:
+        settings: of the study.
+        folder: keeps the pool.
+        features: of the sequences are needed, for critics.
+        progress_bar: show one.
+    """
+    if features:
+        settings = replace(settings, estimator=replace(settings.estimator, baseline="critic"))
+    measurements = EntropyMeasurements(settings)
+    with progress("pool", measurements.passes(settings.probe()), "pass", progress_bar) as bar:
+        advance = advance_by_phase(bar)
+        drawn = drawn_once(folder.path / DRAWN, measurements, settings, on_pass=advance)
+        scores = scored_once(folder.path / SCORES, lambda: measurements.score(drawn, on_pass=advance))
+    return Pool(scores, drawn.update.vector, pool_order(settings))
+
+
+def pool_order(settings: StudySettings) -> Tensor:
+    """Row numbers of the E-batch in a seeded order, ``[B_E]``, the sequences of a prompt side by side."""
+    batch = settings.batch_config
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "order of the pool"))
+    prompts = torch.randperm(batch.e_prompts, generator=generator)
+    each = batch.completions_per_prompt
+    return (prompts[:, None] * each + torch.arange(each)).flatten()  # the E-batch is prompt-major
+
+
+def pool_sizes(settings: StudySettings, chosen: list[int] | None) -> list[int]:
+    """Sizes of the smaller E-batches, ascending, the whole pool last.
+
+    Args:
+        settings: of the study.
+        chosen: by its config; None: powers of two times a prompt's sequences, from 64 sequences on.
+    """
+    pool, each = settings.batch_config.B_E, settings.batch_config.completions_per_prompt
+    if chosen is None:
+        chosen, size = [], 2 * each
+        while size < pool:
+            chosen += [size] if size >= min(SMALLEST, pool // 2) else []
+            size *= 2
+    return sorted({*chosen, pool})
+
+
+def check_sizes(settings: StudySettings, chosen: list[int] | None) -> None:
+    """Refuse sizes that cannot be cut from the pool.
+
+    Raises:
+        ValueError: if a size is not a multiple of ``completions_per_prompt``, of at least two prompts, or exceeds B_E.
+    """
+    pool, each = settings.batch_config.B_E, settings.batch_config.completions_per_prompt
+    for size in chosen or ():
+        if size % each or not 2 * each <= size <= pool:
+            raise ValueError(
+                f"expected study.sizes between {2 * each} and B_E = {pool}, in multiples of completions_per_prompt = "
+                f"{each}, got {size}"
+            )
+

@@ -1,0 +1,146 @@
+"""The step that Adam would take from a saved state and a fresh gradient, computed rather than taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from entropy_pl.updates.adamw import AdamMoments, AdamSettings, by_part, split_step
+from entropy_pl.updates.optimizer_state import MatchedState
+from entropy_pl.updates.vector import UpdateVector
+
+
+@torch.no_grad()
+def rebuild_update(
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor | None],
+    state: MatchedState,
+    *,
+    lr: float | None = None,
+) -> UpdateVector:
+    """Compute v = Δθ/lr_ref of the next Adam or AdamW step and its components, in float64; nothing is changed.
+
+    The moments take the gradient in as torch's step would,
+
+        m_t = β₁ m_{t−1} + (1−β₁) g,    v_t = β₂ v_{t−1} + (1−β₂) g²        (Kingma & Ba 2015)
+
+    and the step follows from them as in :func:`~entropy_pl.updates.adamw.split_step`.
+
+    Args:
+        parameters: parameter name → θ.
+        gradients: parameter name → g of θ's shape, as the optimizer would see it: averaged, unscaled, clipped
+            (:func:`clip_gradients`). None: the parameter does not move, its momentum and decay neither, as in torch.
+        state: the moments before the step (:func:`~entropy_pl.updates.optimizer_state.match_optimizer_state`).
+        lr: lr_ref of the step, > 0; None for the largest learning rate saved. The groups keep their proportions: those
+            of their learning rates or, if these are all zero (the end of a schedule), of their initial ones.
+
+    Returns:
+        On the parameters' devices; ``direction`` is the sum of ``components`` to the last bit.
+
+    Raises:
+        ValueError: if parameters, gradients and state are not of the same names and shapes, a gradient is not finite,
+            or there is no learning rate.
+    """
+    _check(parameters, gradients, state)
+    lr_ref, scales = _learning_rates([group.settings for group in state.groups], lr)
+    splits = {}
+    for group, scale in zip(state.groups, scales, strict=True):
+        for name, moments in group.moments.items():
+            theta, gradient, after = parameters[name].detach(), gradients[name], None
+            if gradient is not None:
+                gradient = gradient.to(theta.device, torch.float64)
+                after = next_moments(group.settings, moments, gradient, theta)
+            splits[name] = split_step(group.settings, after, gradient, theta, scale)
+    components, preconditioner = by_part({name: splits[name] for name in parameters})
+    momentum, gradient_part, weight_decay = components.values()
+    direction = {name: momentum[name] + gradient_part[name] + weight_decay[name] for name in parameters}
+    return UpdateVector(direction, lr_ref, components, preconditioner)
+
+
+def next_moments(settings: AdamSettings, moments: AdamMoments | None, gradient: Tensor, theta: Tensor) -> AdamMoments:
+    """Adam's moments after one more gradient, in float64; None before the first. See :func:`rebuild_update`."""
+    seen = settings.seen(gradient.double(), theta.double())
+    if moments is None:
+        zero = torch.zeros_like(seen)
+        moments = AdamMoments(0.0, zero, zero, zero)
+    beta1, beta2 = settings.betas
+    first = beta1 * moments.exp_avg.to(seen) + (1 - beta1) * seen
+    second = beta2 * moments.exp_avg_sq.to(seen) + (1 - beta2) * seen.square()
+    largest = None
+    if settings.amsgrad:
+        assert moments.max_exp_avg_sq is not None, "amsgrad keeps max_exp_avg_sq"
+        largest = torch.maximum(moments.max_exp_avg_sq.to(seen), second)
+    return AdamMoments(moments.step + 1, first, second, largest)
+
+
+@torch.no_grad()
+def clip_gradients(
+    gradients: Mapping[str, Tensor | None], max_norm: float | None
+) -> tuple[dict[str, Tensor | None], float, float]:
+    """Clip by the global norm, by torch's own ``clip_grad_norm_``; the gradients given stay as they are.
+
+    Args:
+        gradients: parameter name → g, or None.
+        max_norm: the largest norm to leave, > 0; None for no clipping.
+
+    Returns:
+        The gradients times the scale, their norm before, and the scale, min(1, max_norm/(norm + 1e-6)).
+
+    Raises:
+        ValueError: if ``max_norm`` is not positive.
+    """
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"expected max_norm > 0, got {max_norm}: give None for no clipping")
+    clipped = {name: gradient if gradient is None else gradient.clone() for name, gradient in gradients.items()}
+    holders = []  # torch clips what hangs on a tensor as its .grad
+    for gradient in clipped.values():
+        if gradient is not None:
+            holders.append(gradient.detach())
+            holders[-1].grad = gradient
+    norm = clip_grad_norm_(holders, float("inf") if max_norm is None else max_norm)
+    if max_norm is None:
+        return dict(gradients), float(norm), 1.0
+    return clipped, float(norm), float((max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _check(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], state: MatchedState) -> None:
+    for what, names in (("gradients", gradients.keys()), ("the optimizer state", state.names())):
+        if names != parameters.keys():
+            missing, extra = sorted(parameters.keys() - names), sorted(names - parameters.keys())
+            raise ValueError(
+                f"expected {what} of the same {len(parameters)} parameters, got {len(missing)} missing "
+                f"{missing[:3]} and {len(extra)} others {extra[:3]}: take all three from one model (None is the "
+                "gradient of a parameter that had none)"
+            )
+    for name, gradient in gradients.items():
+        if gradient is None:
+            continue
+        if gradient.shape != parameters[name].shape:
+            expected, got = list(parameters[name].shape), list(gradient.shape)
+            raise ValueError(f"expected the gradient of {name} of shape {expected}, got {got}: take it from this model")
+        if not gradient.isfinite().all():
+            raise ValueError(
+                f"expected a finite gradient, got {int((~gradient.isfinite()).sum())} numbers in {name} that are not: "
+                "no optimizer step follows from it; look at the loss"
+            )
+
+
+def _learning_rates(groups: Sequence[AdamSettings], lr: float | None) -> tuple[float, list[float]]:
+    """lr_ref, and lr_g/lr_ref of every group."""
+    if lr is not None and not lr > 0:
+        raise ValueError(f"expected lr > 0, got {lr}: give None for the learning rate saved")
+    rates = [group.lr for group in groups]
+    largest = max(rates, default=0.0)
+    if largest > 0:
+        return lr or largest, [rate / largest for rate in rates]
+    if lr is None:
+        raise ValueError(
+            f"expected a learning rate > 0 in the saved state, got {sorted(set(rates))} (the end of a schedule?): "
+            "give lr, the learning rate of the step to rebuild"
+        )
+    initial = [group.initial_lr or 0.0 for group in groups]
+    largest = max(initial, default=0.0)
+    return lr, [rate / largest if largest > 0 else 1.0 for rate in initial]

@@ -1,0 +1,275 @@
+"""A checkpoint measured offline, against the step really taken from it by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from entropy_pl import EntropyMeasurements, EntropyProbe, record_update
+from entropy_pl.measurements.batches import draw_u_batch, prompt_data
+from entropy_pl.measurements.update import u_gradient
+from entropy_pl.policy import trainable_parameters
+from entropy_pl.policy.precision import float64_evaluation
+from entropy_pl.reporting import read_records
+
+LR = 1e-2
+
+
+def policy_by_hand(run_dir, tiny_policy_dir, step=5):
+    """The policy of a checkpoint and its optimizer, put together with PEFT and torch alone."""
+    saved = torch.load(run_dir / f"step-{step}.ckpt", weights_only=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).eval()
+    weights = {key.removeprefix("model."): value for key, value in saved["state_dict"].items()}
+    missing = model.load_state_dict(weights, strict=False)
+    assert not missing.unexpected_keys
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.01)
+    optimizer.load_state_dict(saved["optimizer_states"][0])
+    return model, optimizer
+
+
+def loss_by_hand(model, groups):
+    """GRPO's loss at the sampling policy, sequence by sequence: −Σ_i A_i / (N T_i) Σ_k log π(t_ik) up to a constant."""
+    total = 0.0
+    rollout, size = groups.rollout, groups.size
+    for i in range(len(rollout)):
+        rewards = groups.rewards[i // size * size : (i // size + 1) * size].double()
+        advantage = (groups.rewards[i].double() - rewards.mean()) / (rewards.std() + 1e-4)
+        prompt = rollout.prompt_ids[i][rollout.prompt_mask[i]]
+        completion = rollout.completion_ids[i][rollout.completion_mask[i]]
+        logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        logp = torch.log_softmax(logits, -1).gather(1, completion[:, None]).sum()
+        total = total - advantage * logp / (len(completion) * len(rollout))
+    return total
+
+
+def flat(direction, names):
+    return torch.cat([direction[name].flatten().double() for name in names])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_rebuilt_step_is_the_step_torch_takes(config, run_dir, tiny_policy_dir, dtype):
+    """v of the measurement against Δθ/lr of AdamW.step() on a loss written as a loop, clipped by torch."""
+    measurement = EntropyMeasurements(config(precision={"runtime_dtype": dtype}, update={"max_grad_norm": 0.05}))
+    settings = measurement.settings
+    drawn = measurement.draw()
+    groups = draw_u_batch(measurement.checkpoint.policy, prompt_data(settings), settings)  # the same seed: the same U
+
+    model, optimizer = policy_by_hand(run_dir, tiny_policy_dir)
+    if dtype == "float64":
+        for group in optimizer.param_groups:  # torch's step in float64, from the saved float32 moments
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].double(), state["exp_avg_sq"].double()
+                parameter.data = parameter.data.double()
+        with float64_evaluation(model):
+            loss = loss_by_hand(model, groups)
+            loss.backward()
+            gradients = [p.grad for p in trainable_parameters(model).values()]
+        for parameter, gradient in zip(trainable_parameters(model).values(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+    else:
+        loss_by_hand(model, groups).backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.05)
+    with record_update(model, optimizer) as recorder:
+        optimizer.step()
+
+    rebuilt, taken = drawn.update.vector, recorder.update
+    names = sorted(taken.direction)
+    assert rebuilt.direction.keys() == taken.direction.keys()
+    ours, theirs = flat(rebuilt.direction, names), flat(taken.direction, names)
+    cosine = float(ours @ theirs / (ours.norm() * theirs.norm()))
+    # float64: two roundings of θ in Δθ, relative to |Δθ|. float32: gradients summed in another order, 1e-6 of each.
+    assert cosine >= 1 - (1e-12 if dtype == "float64" else 1e-6)
+    assert float(ours.norm() / theirs.norm()) == pytest.approx(1, rel=1e-9 if dtype == "float64" else 1e-4)
+    assert rebuilt.lr == LR
+    assert drawn.update.facts["gradient_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert drawn.update.facts["gradient_scale"] == pytest.approx(0.05 / float(norm), rel=1e-4)
+    assert drawn.update.facts["step"] == 5
+    if dtype == "float64":
+        for part, direction in taken.components.items():
+            assert torch.allclose(
+                flat(rebuilt.components[part], names), flat(direction, names), rtol=1e-9, atol=1e-9 * rebuilt.norm()
+            ), part
+
+
+def test_what_is_reported_is_the_probe_of_that_step(config, run_dir, tiny_policy_dir):
+    """Every number of the sweep against EntropyProbe on a policy put together by hand, along the same v."""
+    measurement = EntropyMeasurements(
+        config(estimator={"eta_list": [LR, 3e-3]}, precision={"runtime_dtype": "float64"})
+    )
+    results = measurement.run_experiments()
+    drawn = measurement.draw()
+    model, _ = policy_by_hand(run_dir, tiny_policy_dir)
+    probe = EntropyProbe(etas=[3e-3, LR], eta_multipliers=(), precision="float64")
+    expected = probe.measure(model, drawn.rollout, drawn.update.vector)
+    assert [point["eta"] for point in results["sweep"]] == [3e-3, LR]
+    for point, other in zip(results["sweep"], expected.sweep, strict=True):
+        assert point["deltaH_true"] == pytest.approx(other.true.value, rel=1e-9)
+        assert point["deltaH_approx"] == pytest.approx(other.first_order.value, rel=1e-9)
+        assert point["true"]["stderr"] == pytest.approx(other.true.stderr, rel=1e-9)
+        assert point["true"]["ci_low"] < point["deltaH_true"] < point["true"]["ci_high"]
+        assert 0 < point["true"]["ess"] <= 16
+    assert results["eta_star"] == pytest.approx(expected.eta_star, rel=1e-6)
+    assert results["second_order"]["value"] == pytest.approx(expected.second_order.value, rel=1e-6)
+    assert results["sweep"][1]["taken"]
+    assert results["sweep"][0]["eta"] == 3e-3
+
+
+def test_a_pair_of_checkpoints(config, run_dir):
+    """θ′ − θ from two files; η = 1 is the whole way, and neither optimizer nor U-batch has a part in it."""
+    after = {"after_checkpoint_path": str(run_dir / "step-6.ckpt")}
+    results = EntropyMeasurements(config(checkpoint=after)).run_experiments()
+    one, two = (torch.load(run_dir / f"step-{i}.ckpt", weights_only=True)["state_dict"] for i in (5, 6))
+    assert results["update_norm"] == pytest.approx(
+        math.sqrt(sum(float((two[key].double() - one[key].double()).square().sum()) for key in one)), rel=1e-12
+    )
+    assert [point["eta"] for point in results["sweep"]] == [0.5, 1.0, 2.0]
+    assert results["sweep"][1]["taken"]
+    assert results["update"] == {"source": "pair"}
+    assert "sampling_u" not in results["timing"]
+
+
+def test_the_same_checkpoint_twice_is_refused(config, run_dir):
+    same = {"after_checkpoint_path": str(run_dir / "step-5.ckpt")}
+    with pytest.raises(ValueError, match="the two checkpoints are the same"):
+        EntropyMeasurements(config(checkpoint=same)).run_experiments()
+
+
+def test_results_hold_what_is_needed_to_trust_them(config):
+    results = EntropyMeasurements(
+        config(estimator={"symmetric": True, "eta_multipliers": [0.01, 0.1, 1]})
+    ).run_experiments()
+    assert (results["B_E"], results["B_U"], results["G"]) == (16, 4, 4)
+    assert results["timing"]["total"] >= sum(results["timing"][key] for key in ("sampling_e", "update", "sweep"))
+    assert results["tokens_per_second"]["sampling"] > 0
+    assert results["versions"].keys() >= {"entropy_pl", "torch", "transformers", "peft", "python"}
+    assert len(results["config_hash"]) == 16
+    assert results["power_law"]["n_points"] == 3
+    assert [pair["eta"] for pair in results["symmetric"]] == pytest.approx([1e-4, 1e-3, 1e-2])
+    # the odd part is the slope up to η² and the even part the curvature: at η = 1e-4 both to the digits of float32
+    assert results["symmetric"][0]["first"]["value"] == pytest.approx(results["first_order"]["value"], rel=1e-3)
+    json.dumps(results, allow_nan=False)
+
+
+def test_completions_that_share_a_prompt_are_clustered(config):
+    measurement = EntropyMeasurements(config(batch_config={"B_E": 24, "completions_per_prompt": 3}))
+    drawn = measurement.draw()
+    scores = measurement.score(drawn)
+    assert len(drawn.rollout) == 24
+    assert len(set(drawn.prompts)) == 8
+    assert len(scores.clusters.unique()) == 8
+
+
+def test_one_step_size(config):
+    [point] = EntropyMeasurements(config(estimator={"eta_sweep": False, "single_eta": 2e-3})).run_experiments()["sweep"]
+    assert point["eta"] == 2e-3
+
+
+def test_the_same_config_gives_the_same_numbers(config, tmp_path):
+    folder = {"output_directory": str(tmp_path / "results")}
+    first, second = (EntropyMeasurements(config(**folder)).run_experiments()["sweep"] for _ in range(2))
+    assert first == second
+    kept = json.loads((tmp_path / "results/results.json").read_text())
+    assert kept["sweep"] == first
+    assert (tmp_path / "results/eta_sweep.png").stat().st_size > 1000
+    # the folder's config measures the same again
+    again = yaml.safe_load((tmp_path / "results/config.yaml").read_text())
+    assert EntropyMeasurements(again).run_experiments()["sweep"] == first
+
+
+def test_a_folder_with_results_of_another_config_is_refused(config, tmp_path):
+    EntropyMeasurements(config(output_directory=str(tmp_path))).run_experiments()
+    other = EntropyMeasurements(config(output_directory=str(tmp_path), seed=1))
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="without results of another config"):
+        other.run_experiments()
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert "checkpoint" not in vars(other), "refused before anything was loaded"
+
+
+def test_detailed_log(config, tmp_path):
+    logging = {"enabled": True, "level": "debug", "output_directory": str(tmp_path), "compress": True}
+    results = EntropyMeasurements(config(detailed_logging=logging)).run_experiments()
+    [path] = tmp_path.glob("*.jsonl.gz")
+    records = read_records(path)
+    kinds = [record["kind"] for record in records]
+    assert kinds.count("sequence") == kinds.count("tokens") == 16
+    [measurement] = [record for record in records if record["kind"] == "measurement"]
+    assert measurement["sweep"] == results["sweep"]
+    tokens = sum(record["n_tokens"] for record in records if record["kind"] == "sequence")
+    assert tokens == results["entropy"]["n_tokens"]
+
+
+def test_no_optimizer_no_step(config, run_dir, tmp_path):
+    saved = torch.load(run_dir / "step-5.ckpt", weights_only=True)
+    del saved["optimizer_states"]
+    torch.save(saved, tmp_path / "weights.ckpt")
+    with pytest.raises(ValueError, match="expected an optimizer's state in or beside"):
+        EntropyMeasurements(config(checkpoint={"checkpoint_path": str(tmp_path / "weights.ckpt")})).run_experiments()
+
+
+def test_rewards_that_teach_nothing(config):
+    with pytest.raises(ValueError, match="expected groups with different rewards in the U-batch, got none out of 4"):
+        EntropyMeasurements(config(update={"rewards": ["format"]})).run_experiments()
+
+
+class TestPrecisionOfTheGradient:
+    def gradient(self, config, **precision):
+        measurement = EntropyMeasurements(config(precision=precision))
+        settings = measurement.settings
+        policy = measurement.checkpoint.policy
+        reference = replace(settings, precision=replace(settings.precision, runtime_dtype="float32"))
+        groups = draw_u_batch(policy, prompt_data(settings), reference)
+        gradient = u_gradient(policy.model, groups, settings)
+        assert all(p.grad is None for p in policy.model.parameters()), "nothing is left behind"
+        return gradient
+
+    def error(self, config, reference, **precision):
+        gradient = self.gradient(config, **precision)
+        names = sorted(reference)
+        one, other = flat(gradient, names), flat(reference, names)
+        return float((one - other).norm() / other.norm())
+
+    def test_each_format_has_its_rounding(self, config):
+        """Relative to float64: float32 near 1e-6, autocast in bfloat16 (8 bits) near 1e-2, and not the same."""
+        reference = self.gradient(config, runtime_dtype="float64")
+        assert next(iter(reference.values())).dtype == torch.float64
+        assert self.error(config, reference) < 1e-5
+        assert 1e-4 < self.error(config, reference, update_vector={"use_amp": True}) < 0.2
+
+    def test_parameters_in_their_own_dtype(self, config):
+        gradient = self.gradient(config, update_vector={"grads_fp32": False})
+        assert {g.dtype for g in gradient.values()} == {torch.float32}  # an adapter's own
+
+
+def test_matmul_precision_is_set_and_put_back(config):
+    seen = set()
+    measurement = EntropyMeasurements(config(precision={"allow_tf32": True, "matmul_precision": "high"}))
+    measurement.checkpoint.policy.model.register_forward_pre_hook(
+        lambda *_: seen.add(torch.get_float32_matmul_precision())
+    )
+    before = torch.get_float32_matmul_precision()
+    measurement.run_experiments()
+    assert seen == {"high"}
+    assert torch.get_float32_matmul_precision() == before == "highest"
+
+
+def test_forbidding_tf32_wins(config):
+    seen = set()
+    measurement = EntropyMeasurements(config(precision={"allow_tf32": False, "matmul_precision": "high"}))
+    measurement.checkpoint.policy.model.register_forward_pre_hook(
+        lambda *_: seen.add(torch.get_float32_matmul_precision())
+    )
+    with pytest.warns(UserWarning, match="allow_tf32: false forbids it"):
+        measurement.run_experiments()
+    assert seen == {"highest"}

@@ -1,0 +1,107 @@
+"""What is said to a wrong config: the key, what was expected, the nearest there is."""
+
+from __future__ import annotations
+
+import pytest
+
+from entropy_pl import EntropyMeasurements
+from entropy_pl.config import SettingsParser, keys_of
+from entropy_pl.measurements import MeasurementSettings
+
+
+def settings_of(config):
+    return EntropyMeasurements(config).settings
+
+
+@pytest.mark.parametrize("written", ["1e-5", "1E-5", "0.00001"])
+def test_numbers_without_a_dot(written, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"checkpoint: {{checkpoint_path: x}}\nestimator: {{eta_list: [{written}, 2e-5]}}\nupdate: {{lr: {written}}}\n"
+    )
+    settings = settings_of(file)
+    assert settings.estimator.eta_list == [1e-5, 2e-5]
+    assert settings.update.lr == 1e-5
+
+
+def test_numbers_as_pyyaml_leaves_them():
+    """PyYAML reads 1e-5 as text; a dict that came from it means a number all the same."""
+    settings = settings_of({"checkpoint": {"checkpoint_path": "x"}, "update": {"lr": "1e-5"}})
+    assert settings.update.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"checkpoint": {"checkpoint_pth": "x"}},
+            "unknown key 'checkpoint.checkpoint_pth'; did you mean 'checkpoint.ch",
+        ),
+        ({"chekpoint": {"checkpoint_path": "x"}}, "unknown key 'chekpoint.checkpoint_path'; did you mean 'checkpoint"),
+        ({"batch_config": {"B_E": 2.5}}, "batch_config.B_E: expected int, got 2.5"),
+        ({"batch_config": {"B_E": 1}}, "expected B_E of at least 2, got 1"),
+        ({"batch_config": {"B_E": 10, "completions_per_prompt": 4}}, "completions_per_prompt times at least 2 prompts"),
+        ({"batch_config": {"dataset_name": "gsm8k_r1"}}, "did you mean 'gsm8k_r1_template'"),
+        ({"batch_config": {"prompt_template": "Q:"}}, "contains {question}"),
+        ({"batch_config": 5}, "batch_config: expected a section"),
+        ({"generation": {"temperature": 0}}, "expected a temperature above 0, got 0"),
+        ({"generation": {"temperature": "warm"}}, "generation.temperature: expected float, got warm"),
+        ({"estimator": {"weighting": "token"}}, "estimator.weighting: expected one of prefix, sequence, got token"),
+        ({"estimator": {"eta_list": []}}, "at least one η in eta_list"),
+        ({"estimator": {"eta_list": [0]}}, "finite and not 0"),
+        ({"estimator": {"eta_list": [1, "many"]}}, "estimator.eta_list: expected list"),
+        ({"estimator": {"single_eta": 1e-3}}, "expected eta_sweep: false to go with single_eta=0.001"),
+        ({"estimator": {"confidence": 95}}, "expected a confidence between 0 and 1"),
+        ({"update": {"loss_type": "grp"}}, "update.loss_type: expected one of grpo, dr_grpo, dapo, bnpo, got grp; did"),
+        ({"update": {"rewards": ["formt"]}}, "did you mean 'format'"),
+        ({"update": {"max_grad_norm": -1}}, "expected max_grad_norm above 0"),
+        ({"precision": {"runtime_dtype": "bfloat16"}}, "precision.runtime_dtype: expected one of float32, float64"),
+        (
+            {"precision": {"runtime_dtype": "float64", "update_vector": {"use_amp": True}}},
+            "expected update_vector.use_amp: false",
+        ),
+        ({"precision": {"update_vector": {"amp": True}}}, "unknown key 'precision.update_vector.amp'"),
+        ({"detailed_logging": {"level": "all"}}, "expected one of minimal, standard, detailed, debug, got all"),
+        ({"checkpoint": {"after_checkpoint_path": "y", "optimizer_path": "z"}}, "got both"),
+        ({"seed": -1}, "expected a seed of at least 0"),
+        ({"seed": None}, "seed: expected int"),
+    ],
+)
+def test_wrong_configs_are_answered(section, message):
+    config = {"checkpoint": {"checkpoint_path": "x"}}
+    for name, values in section.items():
+        config[name] = {**config.get(name, {}), **values} if isinstance(values, dict) else values
+    with pytest.raises(ValueError, match=r".") as raised:
+        settings_of(config)
+    assert message in str(raised.value)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_the_checkpoint_is_required():
+    with pytest.raises(ValueError, match=r"expected a value for checkpoint\.checkpoint_path, got none"):
+        settings_of({})
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml, no such file"):
+        settings_of("nowhere.yaml")
+
+
+def test_a_config_executes_nothing(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(f"checkpoint: !!python/object/apply:os.mkdir ['{tmp_path}/made']\n")
+    with pytest.raises(ValueError, match="could not determine a constructor"):
+        settings_of(file)
+    assert not (tmp_path / "made").exists()
+
+
+def test_keys_of_every_depth():
+    keys = keys_of(MeasurementSettings)
+    assert {"seed", "checkpoint", "checkpoint.lora.rank", "precision.update_vector.use_amp"} <= set(keys)
+
+
+def test_words_go_before_the_file(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("checkpoint: {checkpoint_path: x}\nseed: 3\n")
+    settings = SettingsParser(MeasurementSettings).parse(["--config", str(file), "--batch_config.B_E", "64"])
+    assert (settings.seed, settings.batch_config.B_E, settings.checkpoint.checkpoint_path) == (3, 64, "x")
