@@ -18,6 +18,7 @@ from tqdm import tqdm
 from entropy_pl.callbacks.attach import find_optimizer, find_policy, find_prompts, find_tokenizer
 from entropy_pl.callbacks.publish import prepare, publish, summarize
 from entropy_pl.callbacks.session import ProbeSession
+from entropy_pl.estimators import Baseline
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
 from entropy_pl.policy.tangents import Method
 from entropy_pl.probe import EntropyProbe, Precision
@@ -46,6 +47,9 @@ class EntropyProbeCallback(Callback):
         normalize: `per_token` or `per_sequence`.
         weighting: `prefix` (per-decision importance weights, less variance) or `sequence` (classical).
         integrand: `rao_blackwell` (entropy at every prefix) or `surprisal` (-log-prob).
+        baseline: subtracted from the score term, in δH₁ and ΔH alike: `none`, `position`, `critic` (one more pass), or
+            `gae` (least variance, biased by its critic's error).
+        gae_lambda: λ of `gae`; 1 is the critic.
         clip_log_weight: bound on the absolute log weight. None leaves the estimate unbiased to O(1/N).
         confidence: of every interval.
         method: how derivatives are made: `auto`, `forward_mode` or `central_difference`.
@@ -78,6 +82,8 @@ class EntropyProbeCallback(Callback):
         normalize: Normalize = "per_token",
         weighting: Weighting = "prefix",
         integrand: Integrand = "rao_blackwell",
+        baseline: Baseline = "none",
+        gae_lambda: float = 0.95,
         clip_log_weight: float | None = None,
         confidence: float = 0.95,
         method: Method = "auto",
@@ -109,6 +115,8 @@ class EntropyProbeCallback(Callback):
             "normalize": normalize,
             "weighting": weighting,
             "integrand": integrand,
+            "baseline": baseline,
+            "gae_lambda": gae_lambda,
             "clip_log_weight": clip_log_weight,
             "confidence": confidence,
             "method": method,

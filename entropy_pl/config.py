@@ -7,7 +7,7 @@ import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -95,7 +95,7 @@ def _refuse_empty(given: Namespace, settings: type, path: str = "") -> None:
             raise ValueError(
                 f"{path}{name}: expected {getattr(hint, '__name__', hint)}, got null: give one or leave it out"
             )
-        if name in sections and value is not None:
+        if name in sections and get_origin(hint) is not list and value is not None:
             if not isinstance(value, Namespace):
                 raise ValueError(f"{path}{name}: expected a section with keys of its own, got {value!r}")
             _refuse_empty(value, sections[name], f"{path}{name}.")

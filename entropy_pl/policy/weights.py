@@ -11,19 +11,8 @@ from torch import Tensor, nn
 
 from entropy_pl.policy.adapter import trainable_parameters
 from entropy_pl.policy.precision import quantized_layers
+from entropy_pl.updates.names import unwrapped
 
-# What DDP, compilation, FSDP, activation checkpointing, strategies and PEFT put into a name, anywhere in it.
-_WRAPPERS = frozenset(
-    (
-        "module",
-        "_orig_mod",
-        "_fsdp_wrapped_module",
-        "_checkpoint_wrapped_module",
-        "_forward_module",
-        "modules_to_save",
-        "default",
-    )
-)
 _LORA_A = re.compile(r"(\w+)\.lora_(?:embedding_)?A(?:\.|$)")  # its first dimension is the rank
 _STALE_BUFFER = re.compile(r"inv_freq$|masked_bias$")  # computed nowadays, saved formerly
 
@@ -150,7 +139,7 @@ def check_lora(expected: set[int], weights: Mapping[str, Tensor], source: str) -
 
 def _plain(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
-    plain = "." + ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    plain = f".{unwrapped(name)}"
     plain = plain.replace(".base_model.model.", ".")
     # DoRA's magnitudes lose their last part in PEFT's files.
     return re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", plain)[1:]

@@ -6,7 +6,6 @@ of an offline measurement goes down to sequences and tokens (:mod:`entropy_pl.re
 """
 
 from entropy_pl.reporting.detailed import (
-    DetailedLog,
     LoggingSettings,
     MeasuredBatch,
     config_hash,
@@ -15,6 +14,7 @@ from entropy_pl.reporting.detailed import (
     summary_record,
     token_records,
 )
+from entropy_pl.reporting.detailed_log import DetailedLog
 from entropy_pl.reporting.figures import delta_entropy_figure, eta_sweep_figure
 from entropy_pl.reporting.records import SCHEMA, Record, RecordWriter, latest_per_step, read_records, taken_point
 from entropy_pl.reporting.table import probe_table, sweep_table

@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 
 from entropy_pl.updates.adamw import AdamMoments, AdamSettings
+from entropy_pl.updates.names import unwrapped
 
-# Path components that wrappers put into a parameter's name: DDP, torch.compile, FSDP, activation checkpointing,
-# DeepSpeed, Transformers' and PEFT's outer models, PEFT's adapter of that name.
-WRAPPERS = frozenset(
-    [
-        *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
-        *("model", "base_model", "default"),
-    ]
-)
+# Transformers' and PEFT's outer models, which some savers leave out of a name.
+OUTER_MODELS = frozenset(("model", "base_model"))
 # By a key of its state: optimizers that are not Adam, and what to say of them.
 FOREIGN = {
     "momentum_buffer": "SGD's or Muon's",
@@ -74,8 +69,7 @@ def match_optimizer_state(
     """Find for every parameter its entry in a saved optimizer state.
 
     1. By name, where the file has names: ``param_names`` in its groups (torch ≥ 2.6, optimizers made of
-       ``named_parameters()``), or a full FSDP/DCP state, keyed by name. Names may differ by what wrappers put in
-       (``WRAPPERS``) and by one leading path. Names decide: where they disagree, no other rule is tried.
+       ``named_parameters()``), or a full FSDP/DCP state, keyed by name. Names may differ by what wrappers put in, and by one leading path (:mod:`entropy_pl.updates.names`). Names decide: where they disagree, no other rule is tried.
     2. By position: as many entries as parameters, every known shape that of the parameter at its place. Entries of
        one shape that were given to the optimizer in another order cannot be told from this.
     3. By shape: the k-th entry of a shape, in the groups' order, is the k-th parameter of that shape. This is what
@@ -173,8 +167,7 @@ def _by_name(entries: Sequence[_Entry], parameters: Mapping[str, Tensor]) -> dic
 
 
 def _bare(name: str) -> str:
-    """The name without what wrappers put in."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return unwrapped(name, also=OUTER_MODELS)
 
 
 def _leading_paths(name: str, others: Iterable[str]) -> Iterable[tuple[str, str]]:

@@ -268,7 +268,7 @@ def test_tensors_that_do_not_fit_leave_those_of_before(settings, monkeypatch):
 
     with DetailedLog(settings(level="debug"), "run") as log:
         log.write_tensors({"a": torch.zeros(2)})
-        monkeypatch.setattr("entropy_pl.reporting.detailed.save_file", full)
+        monkeypatch.setattr("entropy_pl.reporting.detailed_log.save_file", full)
         with pytest.raises(OSError, match=r"expected to write 1 tensors to .*run\.safetensors, got: No space"):
             log.write_tensors({"a": torch.ones(2)})
     assert load_file(log.tensors_path)["a"].tolist() == [0, 0]
