@@ -136,7 +136,9 @@ def _report(folder: StudyFolder, settings: ConvergenceSettings, pool: Pool, cell
     shown = table[(table["quantity"] != "delta_h") | (table["eta"] == eta)].sort_values(
         ["quantity", "n"], kind="stable"
     )
-    report.show(shown[list(COLUMNS)], "Estimates", f"From `table.csv`; of ΔH at η = {eta:g}, the one next to the learning rate.")
+    report.show(
+        shown[list(COLUMNS)], "Estimates", f"From `table.csv`; of ΔH at η = {eta:g}, the one next to the learning rate."
+    )
     report.figure(
         "convergence",
         convergence_figure(table, eta, settings.estimator.normalize.replace("_", " ")),

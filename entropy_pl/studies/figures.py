@@ -85,7 +85,9 @@ def deviation_figure(table: pd.DataFrame) -> Figure:
                     zorder=3,
                 )
         axes.axhline(1e-3, color=GREY, linestyle=":", linewidth=1.0, zorder=1)
-        axes.annotate("0.1 %", (1, 1e-3), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=GREY, fontsize=8)
+        axes.annotate(
+            "0.1 %", (1, 1e-3), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=GREY, fontsize=8
+        )
         axes.set_title(precision, fontsize=10)
         _finish(axes, r"step size $\eta$")
     rows[0, 0].set_ylabel(r"$|\Delta H\,/\,(\eta\,\delta H_1) - 1|$")
@@ -122,7 +124,9 @@ def variance_ratio_figure(on_pool: pd.DataFrame, eta: float, compared_to: str) -
         jackknife = chosen["variance_ratio_jackknife"]
         axes.plot(jackknife, place + offset, "s", color="white", markeredgecolor="black", markersize=4.5, zorder=4)
         for at, value in zip(place + offset, ratio, strict=True):
-            axes.annotate(f"{value:.2g}", (0, at), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5, zorder=5)
+            axes.annotate(
+                f"{value:.2g}", (0, at), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5, zorder=5
+            )
     axes.axvline(1, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
     axes.set_yticks(place, names)
     axes.invert_yaxis()
@@ -150,7 +154,10 @@ def error_bars_figure(table: pd.DataFrame, eta: float) -> Figure:
     for axes, (chosen, _, label) in zip(panels, _both(table, eta), strict=True):
         for name, colour in zip(names, colours, strict=True):
             group = chosen[chosen["option"] == name]
-            error = {kind: np.sqrt(group[f"variance_{kind}"] / group["n"]) for kind in ("influence", "jackknife", "empirical")}
+            error = {
+                kind: np.sqrt(group[f"variance_{kind}"] / group["n"])
+                for kind in ("influence", "jackknife", "empirical")
+            }
             axes.loglog(group["n"], error["influence"], color=colour, linewidth=1.4, label=name)
             axes.plot(group["n"], error["jackknife"], "s", color=colour, markerfacecolor="none", markersize=6)
             axes.plot(group["n"], error["empirical"], "x", color=colour, markersize=6)

@@ -98,7 +98,9 @@ class StudyFolder:
                     stacklevel=3,
                 )
             return begun
-        found = sorted(entry.name for entry in self.path.iterdir() if entry.suffix != ".tmp") if self.path.exists() else []
+        found = (
+            sorted(entry.name for entry in self.path.iterdir() if entry.suffix != ".tmp") if self.path.exists() else []
+        )
         if found:
             raise ValueError(
                 f"expected an output_directory of this study, or an empty one, got {self.path} with "

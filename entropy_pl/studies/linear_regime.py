@@ -119,8 +119,11 @@ def run_linear_regime(settings: LinearRegimeSettings, *, progress_bar: bool = Tr
     """
     folder = StudyFolder(NAME, settings)
     measurements = EntropyMeasurements(settings)
-    cells = {(seed, precision): f"seed {seed}, {precision}" for seed in settings.study.seeds
-             for precision in settings.study.precisions}
+    cells = {
+        (seed, precision): f"seed {seed}, {precision}"
+        for seed in settings.study.seeds
+        for precision in settings.study.precisions
+    }
     missing = {key: cell for key, cell in cells.items() if cell not in folder}
     passes = settings.probe().passes(lr=1.0)
     total = 3 * len({seed for seed, _ in missing}) + passes * len(missing)
@@ -234,7 +237,18 @@ def _report(folder: StudyFolder, settings: LinearRegimeSettings, cells: list[str
     report.tables(table=(table, COLUMNS), fits=(fits, FIT_COLUMNS))
     units = settings.estimator.normalize.replace("_", " ")
     report.show(
-        fits[["seed", "precision", "fit_from", "fit_to", "loglog_slope", "r_squared", "first_order_deviation", "eta_star"]],
+        fits[
+            [
+                "seed",
+                "precision",
+                "fit_from",
+                "fit_to",
+                "loglog_slope",
+                "r_squared",
+                "first_order_deviation",
+                "eta_star",
+            ]
+        ],
         "Fits",
         "From `fits.csv`. In the linear regime the log-log slope is 1; `first_order_deviation` is what the first order "
         "misses of the measured slope on the same batch.",

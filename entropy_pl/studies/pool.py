@@ -107,4 +107,3 @@ def check_sizes(settings: StudySettings, chosen: list[int] | None) -> None:
                 f"expected study.sizes between {2 * each} and B_E = {pool}, in multiples of completions_per_prompt = "
                 f"{each}, got {size}"
             )
-

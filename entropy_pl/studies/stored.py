@@ -60,7 +60,9 @@ def scored_once(path: Path, score: Callable[[], ProbeScores]) -> ProbeScores:
         scores = score()
         stats = {"base": scores.base, "tangent": scores.tangent, "curvature": scores.curvature}
         stats |= {f"shifted/{number}": shifted for number, shifted in enumerate(scores.shifted.values())}
-        tensors = {f"{name}/{kind}": getattr(stat, kind) for name, stat in stats.items() for kind in ("logp", "entropy")}
+        tensors = {
+            f"{name}/{kind}": getattr(stat, kind) for name, stat in stats.items() for kind in ("logp", "entropy")
+        }
         tensors["mask"] = scores.base.mask
         for name in ("clusters", "features"):
             if getattr(scores, name) is not None:

@@ -94,7 +94,9 @@ class VarianceOptions:
             raise ValueError(f"expected every name in study.options once, got {', '.join(names)}")
         for name in ("compared_to", "reference"):
             if getattr(self, name) not in names:
-                raise ValueError(f"expected study.{name} among the options {', '.join(names)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"expected study.{name} among the options {', '.join(names)}, got {getattr(self, name)!r}"
+                )
         if not next(option for option in self.options if option.name == self.reference).unbiased:
             raise ValueError(f"expected an unbiased study.reference, got {self.reference!r}, of baseline gae")
         for name, least in (("max_subsets", 1), ("jackknife_groups", 2), ("jackknife_subsets", 0)):
@@ -142,7 +144,10 @@ def run_variance(settings: VarianceSettings, *, progress_bar: bool = True) -> St
         for name in names:  # an option's cells side by side: they share estimates
             for cell, rows in (
                 (whole[name], lambda name=name: whole_pool_rows(estimates, name, study)),
-                *((parts[name, size], lambda name=name, size=size: subset_rows(estimates, name, size, study)) for size in sizes),
+                *(
+                    (parts[name, size], lambda name=name, size=size: subset_rows(estimates, name, size, study))
+                    for size in sizes
+                ),
             ):
                 if cell in folder:
                     continue
@@ -254,9 +259,7 @@ def _report(
     report.tables(table=(table, COLUMNS), pool=(on_pool, POOL_COLUMNS), subsets=(subsets, SUBSET_COLUMNS))
     eta = pool.eta_shown
     shown = on_pool[(on_pool["quantity"] == "delta_h1") | (on_pool["eta"] == eta)]
-    ratios = shown[
-        ["option", "quantity", "eta", "variance_ratio", "variance_ratio_stderr", "variance_ratio_jackknife"]
-    ]
+    ratios = shown[["option", "quantity", "eta", "variance_ratio", "variance_ratio_stderr", "variance_ratio_jackknife"]]
     report.show(
         ratios,
         "Variance on the whole pool",
@@ -270,7 +273,16 @@ def _report(
     )
     report.show(
         shown[
-            ["option", "quantity", "eta", "value", "stderr", "difference", "difference_stderr", "difference_stderr_jackknife"]
+            [
+                "option",
+                "quantity",
+                "eta",
+                "value",
+                "stderr",
+                "difference",
+                "difference_stderr",
+                "difference_stderr_jackknife",
+            ]
         ],
         f"Difference from {study.reference}",
         "On the same sequences, so that shared noise cancels. Of an unbiased option it is noise (and O(1/N)); of `gae` "

@@ -69,7 +69,9 @@ def match_optimizer_state(
     """Find for every parameter its entry in a saved optimizer state.
 
     1. By name, where the file has names: ``param_names`` in its groups (torch ≥ 2.6, optimizers made of
-       ``named_parameters()``), or a full FSDP/DCP state, keyed by name. Names may differ by what wrappers put in, and by one leading path (:mod:`entropy_pl.updates.names`). Names decide: where they disagree, no other rule is tried.
+       ``named_parameters()``), or a full FSDP/DCP state, keyed by name. Names may differ by what wrappers put in
+       (:func:`~entropy_pl.updates.names.unwrapped`) and by one leading path. Names decide: where they disagree, no
+       other rule is tried.
     2. By position: as many entries as parameters, every known shape that of the parameter at its place. Entries of
        one shape that were given to the optimizer in another order cannot be told from this.
     3. By shape: the k-th entry of a shape, in the groups' order, is the k-th parameter of that shape. This is what
