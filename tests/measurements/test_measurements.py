@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from entropy_pl import EntropyMeasurements, EntropyProbe, record_update
+from entropy_pl import EntropyMeasurements, EntropyProbe, record_update, token_stats
 from entropy_pl.measurements.batches import draw_u_batch, prompt_data
 from entropy_pl.measurements.update import u_gradient
 from entropy_pl.policy import trainable_parameters
@@ -137,6 +137,52 @@ def test_a_pair_of_checkpoints(config, run_dir):
     assert results["sweep"][1]["taken"]
     assert results["update"] == {"source": "pair"}
     assert "sampling_u" not in results["timing"]
+
+
+def test_a_pair_of_whole_models(config, tiny_policy_dir, tmp_path):
+    """Two model folders, as full fine-tuning or a merged FSDP run leaves them, with nothing else known."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy_dir)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy_dir)
+    generator = torch.Generator().manual_seed(0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name in ("before", "after"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1e-3 * torch.randn(parameter.shape, generator=generator)
+    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "after")
+    pair = {"checkpoint_path": str(tmp_path / "before"), "after_checkpoint_path": str(tmp_path / "after")}
+    measurement = EntropyMeasurements(config(checkpoint=pair, precision={"runtime_dtype": "float64"}))
+    drawn = measurement.draw()
+    difference = {name: p.detach().double() - before[name].double() for name, p in moved.named_parameters()}
+    assert drawn.update.vector.direction.keys() == difference.keys()
+    for name, expected in difference.items():
+        assert torch.equal(drawn.update.vector.direction[name], expected)
+    # at η = 1 the policy scored is the other folder's
+    scores = measurement.score(drawn)
+    theirs = token_stats(moved, drawn.rollout)
+    assert torch.allclose(scores.shifted[1.0].logp, theirs.logp, atol=1e-4)  # float32 against float64
+    assert not torch.allclose(scores.base.logp, theirs.logp, atol=1e-3)
+
+
+def test_an_adapter_folder_with_the_optimizer_beside_it(config, run_dir, tiny_policy_dir, tmp_path):
+    """The same state as a PEFT folder with optimizer.pt, as TRL leaves it, measures the same."""
+    model, optimizer = policy_by_hand(run_dir, tiny_policy_dir)
+    model.save_pretrained(tmp_path)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    folder = {"checkpoint_path": str(tmp_path), "backbone": str(tiny_policy_dir)}
+    expected = EntropyMeasurements(config()).run_experiments()
+    assert EntropyMeasurements(config(checkpoint=folder)).run_experiments()["sweep"] == expected["sweep"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_kl_term_has_its_part_in_the_gradient(config, dtype):
+    updates = [
+        EntropyMeasurements(config(update={"kl_coefficient": beta}, precision={"runtime_dtype": dtype})).draw().update
+        for beta in (0.0, 0.5)
+    ]
+    assert updates[0].facts["gradient_norm"] != pytest.approx(updates[1].facts["gradient_norm"], rel=1e-3)
 
 
 def test_the_same_checkpoint_twice_is_refused(config, run_dir):
