@@ -49,8 +49,9 @@ def score_baseline(
 
     ``none``, ``position`` and ``critic`` are unbiased to O(1/N), and their standard errors hold: noise in a fit moves
     the estimate by O(1/N) only. ``gae`` leans on the fit at first order, (1−λ) Σ_l λ^{l−1} ṡ_k W_{k+l}: besides its
-    bias, its influences leave out the fit's own noise, so that its interval is too short. Trust
-    :func:`entropy_pl.estimators.jackknife_standard_error` of the whole calculation instead.
+    bias, its influences leave out the fit's own noise, so that its interval is too short (a 4M GSM8K policy, N = 768:
+    0.77 of the jackknife's standard error at λ = 0.95, 0.71 at 0.8; ``critic`` 0.97). For ``gae`` take
+    :func:`entropy_pl.estimators.jackknife_standard_error` of the whole calculation, fit included.
 
     Args:
         kind: ``none``, ``position``, ``critic`` or ``gae``.

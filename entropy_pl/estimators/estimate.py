@@ -55,6 +55,12 @@ class EntropyChange:
             influence=self.influence * factor,
         )
 
+    def with_stderr(self, stderr: float) -> EntropyChange:
+        """The same value with a standard error from elsewhere; the interval widens in proportion."""
+        widen = stderr / self.stderr if self.stderr else 1.0
+        low, high = (self.value + widen * (end - self.value) for end in (self.ci_low, self.ci_high))
+        return replace(self, stderr=stderr, ci_low=low, ci_high=high)
+
     def to_dict(self) -> dict[str, Any]:
         """Every field but the influences, as plain numbers."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "influence"}

@@ -18,6 +18,7 @@ from entropy_pl.estimators import (
     entropy_estimate,
     first_order_delta_entropy,
     fit_power_law,
+    jackknife_standard_error,
     low_variance_delta_entropy,
     score_baseline,
     second_order_delta_entropy,
@@ -61,8 +62,11 @@ class EntropyProbe:
         weighting: ``prefix`` (less variance) or ``sequence`` (classical SNIS).
         integrand: ``rao_blackwell`` or ``surprisal``.
         baseline: what is subtracted from the score term, in δH₁ and in ΔH alike: ``none``, ``position``, ``critic``
-            (one more pass over E), or ``gae`` (least variance, biased by the critic's error).
+            (one more pass over E), or ``gae`` (least variance, biased by the critic's error; its error bars come from a
+            jackknife that fits the critic anew, since the influences leave out the noise of the fit).
         gae_lambda: λ of ``gae``; 1 is the critic, unbiased.
+        jackknife_groups: of that jackknife: error bars are good to one part in √(2·groups); 0 leaves the critic's noise
+            out, and the error bars of ``gae`` too short.
         clip_log_weight: bound on the absolute log weight; None leaves the estimate unbiased to O(1/N).
         confidence: of every interval.
         temperature: of the sampling distribution E was drawn from.
@@ -89,6 +93,7 @@ class EntropyProbe:
     integrand: Integrand = "rao_blackwell"
     baseline: Baseline = "none"
     gae_lambda: float = 0.95
+    jackknife_groups: int = 20
     clip_log_weight: float | None = None
     confidence: float = 0.95
     temperature: float = 1.0
@@ -112,6 +117,8 @@ class EntropyProbe:
             raise ValueError(f"expected a confidence between 0 and 1, such as 0.95, got {self.confidence}")
         if not 0 <= self.gae_lambda <= 1:
             raise ValueError(f"expected gae_lambda between 0 and 1, got {self.gae_lambda}")
+        if self.jackknife_groups < 0 or self.jackknife_groups == 1:
+            raise ValueError(f"expected jackknife_groups of at least 2, or 0 for none, got {self.jackknife_groups}")
 
     def sweep_etas(self, lr: float) -> list[float]:
         """The step sizes of a sweep at this learning rate, ascending."""
@@ -208,15 +215,16 @@ class EntropyProbe:
         error_bar: dict[str, Any] = {"clusters": scores.clusters, "confidence": self.confidence}
         shared = {"normalize": self.normalize, "integrand": self.integrand, **error_bar}
         options = {**shared, "weighting": self.weighting}
-        matched = first = first_order_delta_entropy(scores.base, scores.tangent, **options)
-        baseline = self._score_baseline(scores)
-        if baseline is not None:
-            first = first_order_delta_entropy(scores.base, scores.tangent, baseline=baseline, **options)
+        matched = first_order_delta_entropy(scores.base, scores.tangent, **options)
+        first = self._first_order(scores, options)
+        fit_variance = self._fit_variance(scores, first, options)
+        first = _less_certain(first, fit_variance)
         sweep = []
         for eta, shifted in scores.shifted.items():
             true = snis_delta_entropy(scores.base, shifted, clip_log_weight=self.clip_log_weight, **options)
-            if baseline is not None:
+            if self.baseline != "none":
                 true = low_variance_delta_entropy(true, matched, first, eta, **error_bar)
+            true = _less_certain(true, eta**2 * fit_variance)
             sweep.append(SweepPoint(eta, eta == update.lr, true, first.scaled(eta)))
         forward = [point for point in sweep if point.eta > 0]
         second = second_order_delta_entropy(scores.base, scores.tangent, scores.curvature, **options)
@@ -229,8 +237,9 @@ class EntropyProbe:
             eta_star_stderr=eta_star_stderr,
             sweep=sweep,
             symmetric=[
-                SymmetricPoint(eta, *symmetric_difference(plus, minus, eta, **error_bar))
+                SymmetricPoint(eta, _less_certain(odd, fit_variance), even)
                 for eta, plus, minus in _pairs(sweep)
+                for odd, even in [symmetric_difference(plus, minus, eta, **error_bar)]
             ],
             power_law=fit_power_law([p.eta for p in forward], [p.true.value for p in forward]),
             lr=update.lr,
@@ -264,8 +273,9 @@ class EntropyProbe:
             tangent = replace(tangent, second=differences.second, step=differences.step)
         return tangent
 
-    def _score_baseline(self, scores: ProbeScores) -> Tensor | None:
-        return score_baseline(
+    def _first_order(self, scores: ProbeScores, options: dict[str, Any]) -> EntropyChange:
+        """δH₁ per unit η, less the baseline's part of the noise."""
+        baseline = score_baseline(
             self.baseline,
             scores.base,
             features=scores.features,
@@ -275,6 +285,26 @@ class EntropyProbe:
             integrand=self.integrand,
             clusters=scores.clusters,
         )
+        return first_order_delta_entropy(scores.base, scores.tangent, baseline=baseline, **options)
+
+    def _fit_variance(self, scores: ProbeScores, first: EntropyChange, options: dict[str, Any]) -> float:
+        """Variance of δH₁ per unit η that its influences leave out: the noise of gae's critic, which moves it."""
+        if self.baseline != "gae" or self.gae_lambda == 1 or not self.jackknife_groups:
+            return 0.0
+
+        def estimate(rows: Tensor) -> float:
+            part = scores.select(rows)
+            return self._first_order(part, {**options, "clusters": part.clusters}).value
+
+        jackknife = jackknife_standard_error(
+            estimate, len(scores), clusters=scores.clusters, groups=self.jackknife_groups
+        )
+        return max(jackknife**2 - first.stderr**2, 0.0)
+
+
+def _less_certain(estimate: EntropyChange, variance: float) -> EntropyChange:
+    """The estimate with a variance its influences do not hold."""
+    return estimate.with_stderr(math.hypot(estimate.stderr, math.sqrt(variance))) if variance else estimate
 
 
 def _pairs(sweep: list[SweepPoint]) -> list[tuple[float, EntropyChange, EntropyChange]]:
