@@ -67,8 +67,8 @@ def delta_entropy_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     )
     axes: Axes = rows[0, 0]
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-    _banded_curve(axes, steps, true, TRUE_STYLE, r"true, $\Delta H$", filled=True)
-    _banded_curve(axes, steps, first_order, FIRST_STYLE, r"first order, $\delta H_1$", filled=False)
+    banded_curve(axes, steps, true, TRUE_STYLE, r"true, $\Delta H$", filled=True)
+    banded_curve(axes, steps, first_order, FIRST_STYLE, r"first order, $\delta H_1$", filled=False)
     if missing.any():
         style: dict[str, Any] = {"color": GREY, "transform": axes.get_xaxis_transform(), "clip_on": False}
         axes.plot(steps[missing], np.zeros(missing.sum()), "x", label="probed, no result", **style)
@@ -169,7 +169,7 @@ def _predictions(axes: Axes, grid: NDArray[np.float64], record: Mapping[str, Any
     return handles
 
 
-def _banded_curve(
+def banded_curve(
     axes: Axes,
     steps: NDArray[np.float64],
     estimates: Sequence[Mapping[str, Any] | None],

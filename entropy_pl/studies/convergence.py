@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from entropy_pl.probe import EntropyProbe, timed
+from entropy_pl.probe import EntropyProbe
 from entropy_pl.studies.figures import convergence_figure, standard_error_figure
 from entropy_pl.studies.folder import Row, StudyFolder
 from entropy_pl.studies.pool import Pool, check_sizes, pool_of, pool_sizes
 from entropy_pl.studies.report import Report
-from entropy_pl.studies.study import Study, StudyOutcome, StudySettings, progress
+from entropy_pl.studies.study import Study, StudyOutcome, StudySettings
 
 NAME = "convergence"
 
@@ -26,11 +27,12 @@ COLUMNS = {
     "ci_low": "lower end of its confidence interval",
     "ci_high": "upper end",
     "ess": "effective sample size of the sequence weights",
+    "stderr_typical": "root mean square standard error of all E-batches of N that share no sequence, this one included",
 }
 FIT_COLUMNS = {
     "quantity": "as in the table",
     "eta": "likewise",
-    "exponent": "slope of log standard error over log N; −½ is expected",
+    "exponent": "slope of log `stderr_typical` over log N; −½ is expected",
     "exponent_stderr": "of the straight line, as if the points were independent",
     "n_sizes": "points on the line",
 }
@@ -76,30 +78,24 @@ def run_convergence(settings: ConvergenceSettings, *, progress_bar: bool = True)
     folder, probe = StudyFolder(NAME, settings), settings.probe()
     cells = {size: f"N = {size}" for size in pool_sizes(settings, settings.study.sizes)}
     pool = pool_of(settings, folder, features=probe.needs_features, progress_bar=progress_bar)
-    missing = {size: cell for size, cell in cells.items() if cell not in folder}
-    with progress(NAME, len(missing), "cell", progress_bar) as bar:
-        for size, cell in missing.items():
-            seconds: dict[str, float] = {}
-            with timed(seconds, "cell"):
-                rows = size_rows(pool, probe, size)
-            folder.add(cell, seconds=seconds["cell"], table=rows)
-            bar.update()
+    folder.finish(
+        {cell: partial(size_rows, pool, probe, size) for size, cell in cells.items()}, progress_bar=progress_bar
+    )
     return _report(folder, settings, pool, list(cells.values()))
 
 
 def size_rows(pool: Pool, probe: EntropyProbe, size: int) -> list[Row]:
-    """The estimates of the first ``size`` sequences, as if there were no others."""
-    result = probe.reduce(pool.scores.select(pool.first(size)), pool.update)
-    changes = [("entropy", None, result.entropy), ("delta_h1", None, result.first_order)]
-    changes += [("delta_h", point.eta, point.true) for point in result.sweep]  # type: ignore[misc]
+    """The estimates of the first ``size`` sequences, as if there were no others, and what error others of N have."""
+    batches = [pool.estimates(probe, rows) for rows in pool.subsets(size)]
     return [
         {
             "quantity": quantity,
             "eta": eta,
             "n": size,
             **{name: getattr(change, name) for name in ("value", "stderr", "ci_low", "ci_high", "ess")},
+            "stderr_typical": float(np.sqrt(np.mean([batch[quantity, eta].stderr ** 2 for batch in batches]))),
         }
-        for quantity, eta, change in changes
+        for (quantity, eta), change in batches[0].items()
     ]
 
 
@@ -107,8 +103,8 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
     """Of every quantity, how its standard error falls with N; NaN with fewer than three sizes."""
     rows = []
     for (quantity, eta), group in table.groupby(["quantity", "eta"], sort=False, dropna=False):
-        fitted = len(group) > 2 and (group["stderr"] > 0).all()
-        line = stats.linregress(np.log(group["n"]), np.log(group["stderr"])) if fitted else None
+        fitted = len(group) > 2 and (group["stderr_typical"] > 0).all()
+        line = stats.linregress(np.log(group["n"]), np.log(group["stderr_typical"])) if fitted else None
         rows.append(
             {
                 "quantity": quantity,
@@ -122,7 +118,7 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _report(folder: StudyFolder, settings: ConvergenceSettings, pool: Pool, cells: list[str]) -> StudyOutcome:
-    table = folder.table("table", cells)
+    table = folder.table("rows", cells)
     fits = exponents(table)
     eta = pool.eta_shown
     report = Report(
@@ -147,7 +143,7 @@ def _report(folder: StudyFolder, settings: ConvergenceSettings, pool: Pool, cell
     report.figure(
         "standard_error",
         standard_error_figure(table, eta),
-        "Relative standard error against N; the grey lines fall as 1/√N.",
+        "Relative standard error against N (`stderr_typical`); the grey lines fall as 1/√N.",
     )
     report.caveats(
         "Smaller E-batches are parts of larger ones: the points of a curve are not independent, and the exponent's "

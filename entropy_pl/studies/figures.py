@@ -11,12 +11,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 
-from entropy_pl.reporting.figures import FIRST_STYLE, GREY, LEGEND, TRUE_STYLE, new_figure, scientific
+from entropy_pl.reporting.figures import FIRST_STYLE, GREY, LEGEND, TRUE_STYLE, banded_curve, new_figure, scientific
 
 # Okabe and Ito's palette, told apart by colour-blind readers; yellow is left out, as too light for lines
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#666666")
-PER_ETA = r"per unit $\eta$"
 
 
 def power_law_figure(table: pd.DataFrame, fits: pd.DataFrame, units: str) -> Figure:
@@ -123,10 +123,10 @@ def variance_ratio_figure(on_pool: pd.DataFrame, eta: float, compared_to: str) -
         axes.errorbar(ratio, place + offset, xerr=error, fmt="none", ecolor="black", elinewidth=1, capsize=2, zorder=3)
         jackknife = chosen["variance_ratio_jackknife"]
         axes.plot(jackknife, place + offset, "s", color="white", markeredgecolor="black", markersize=4.5, zorder=4)
-        for at, value in zip(place + offset, ratio, strict=True):
-            axes.annotate(
-                f"{value:.2g}", (0, at), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7.5, zorder=5
-            )
+        ends = np.fmax(ratio + error, jackknife)
+        for at, value, end in zip(place + offset, ratio, ends, strict=True):
+            style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
+            axes.annotate(f"{value:.2g}", (end, at), xytext=(6, 0), **style)
     axes.axvline(1, color=GREY, linestyle=":", linewidth=1.2, zorder=1)
     axes.set_yticks(place, names)
     axes.invert_yaxis()
@@ -186,12 +186,12 @@ def convergence_figure(table: pd.DataFrame, eta: float, units: str) -> Figure:
     figure = new_figure(height=5.6)
     upper, lower = figure.subplots(2, 1, sharex=True)
     entropy = table[table["quantity"] == "entropy"]
-    _band(upper, entropy, 1.0, TRUE_STYLE, r"entropy, $H$")
+    _band(upper, entropy, 1.0, TRUE_STYLE, r"entropy, $H$", filled=True)
     upper.set_ylabel(f"entropy\n[nats {units}]")
     first, true = (chosen for chosen, _, _ in _both(table, eta))
-    _band(lower, true, eta, TRUE_STYLE, rf"true, $\Delta H/\eta$ at $\eta$ = {scientific(eta)}")
-    _band(lower, first, 1.0, FIRST_STYLE, r"first order, $\delta H_1$")
-    lower.set_ylabel(f"entropy change {PER_ETA}\n[nats {units}]")
+    _band(lower, true, eta, TRUE_STYLE, rf"true, $\Delta H/\eta$ at $\eta$ = {scientific(eta)}", filled=True)
+    _band(lower, first, 1.0, FIRST_STYLE, r"first order, $\delta H_1$", filled=False)
+    lower.set_ylabel(f"entropy change per unit $\\eta$\n[nats {units}]")
     for axes in (upper, lower):
         axes.set_xscale("log")
         axes.legend(**LEGEND)
@@ -218,7 +218,7 @@ def standard_error_figure(table: pd.DataFrame, eta: float) -> Figure:
         (true, TRUE_STYLE, rf"true, $\Delta H$ at $\eta$ = {scientific(eta)}"),
         (first, FIRST_STYLE, r"first order, $\delta H_1$"),
     ):
-        relative = group["stderr"] / abs(group["value"].iloc[-1])
+        relative = group["stderr_typical"] / abs(group["value"].iloc[-1])
         axes.loglog(group["n"], relative, label=label, zorder=3, **cast(dict[str, Any], style))
         straight = relative.iloc[-1] * np.sqrt(group["n"].iloc[-1] / group["n"])
         axes.plot(group["n"], straight, color=GREY, linewidth=0.8, zorder=2)
@@ -241,10 +241,10 @@ def _both(table: pd.DataFrame, eta: float) -> list[tuple[pd.DataFrame, str, str]
     ]
 
 
-def _band(axes: Axes, group: pd.DataFrame, scale: float, style: dict[str, Any], label: str) -> None:
-    n, value, low, high = (group[column].to_numpy() for column in ("n", "value", "ci_low", "ci_high"))
-    axes.plot(n, value / scale, label=label, zorder=3, **style)
-    axes.fill_between(n, low / scale, high / scale, color=style["color"], alpha=0.15, linewidth=0, zorder=2)
+def _band(axes: Axes, group: pd.DataFrame, scale: float, style: dict[str, Any], label: str, *, filled: bool) -> None:
+    scaled = group[["value", "ci_low", "ci_high"]] / scale
+    estimates = [dict(zip(scaled.columns, row, strict=True)) for row in scaled.itertuples(index=False)]
+    banded_curve(axes, group["n"].to_numpy(float), estimates, style, label, filled=filled)
 
 
 def _colour(number: int) -> str:
@@ -260,4 +260,4 @@ def _sizes(axes: Axes, sizes: Sequence[int] | pd.Series) -> None:
     """The sizes themselves on a logarithmic axis."""
     ticks = sorted(set(sizes))
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())

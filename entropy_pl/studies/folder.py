@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 
 from entropy_pl.measurements.engine import fingerprint_of
 from entropy_pl.measurements.results import CONFIG, as_yaml, refuse_another_config, versions, write_whole
+from entropy_pl.probe import timed
 from entropy_pl.reporting import SCHEMA, Record, RecordWriter, read_records
 from entropy_pl.reporting.records import to_json
-from entropy_pl.studies.study import StudySettings
+from entropy_pl.studies.study import StudySettings, progress
 
 STUDY, CELLS = "study.json", "cells.jsonl"
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 
 class StudyFolder:
@@ -41,7 +42,7 @@ class StudyFolder:
     def __init__(self, study: str, settings: StudySettings) -> None:
         assert settings.output_directory is not None
         self.path = Path(settings.output_directory)
-        self.config = asdict(settings)
+        self.study, self.config = study, asdict(settings)
         self.versions = self._claim({"study": study, "config_hash": fingerprint_of(settings), "versions": versions()})
         self._writer = RecordWriter(self.path / CELLS)
         records = read_records(self._writer.path) if self._writer.path.exists() else []
@@ -61,6 +62,23 @@ class StudyFolder:
         record = {"schema": SCHEMA, "kind": "cell", "cell": cell, "seconds": seconds, "tables": tables}
         self._writer.write(record)
         self._cells[cell] = json.loads(to_json(record))  # as a later run will read it
+
+    def finish(self, jobs: Mapping[str, Callable[[], Sequence[Row]]], *, progress_bar: bool) -> None:
+        """Do what is missing of a study whose cells fill one table, ``rows``.
+
+        Args:
+            jobs: cell → makes its rows.
+            progress_bar: show one.
+        """
+        missing = {cell: job for cell, job in jobs.items() if cell not in self}
+        with progress(self.study, len(missing), "cell", progress_bar) as bar:
+            for cell, job in missing.items():
+                bar.set_postfix_str(cell)
+                seconds: dict[str, float] = {}
+                with timed(seconds, "cell"):
+                    rows = job()
+                self.add(cell, seconds=seconds["cell"], rows=rows)
+                bar.update()
 
     def table(self, name: str, cells: Iterable[str]) -> pd.DataFrame:
         """The rows of a table from these cells, in their order; what no number could be given for is NaN."""
@@ -88,31 +106,27 @@ class StudyFolder:
     def _claim(self, identity: Mapping[str, Any]) -> dict[str, str]:
         """Take the folder for this study, or find that it is this study's; the versions it was begun with."""
         file = self.path / STUDY
-        if file.exists():
-            refuse_another_config(file, identity["config_hash"])
-            begun: dict[str, str] = json.loads(file.read_text())["versions"]
-            if begun != identity["versions"]:
-                warnings.warn(
-                    f"{self.path} was begun with {_changed(begun, identity['versions'])} and goes on with "
-                    f"{_changed(identity['versions'], begun)}: finished cells stay as they are",
-                    stacklevel=3,
-                )
-            return begun
-        found = (
-            sorted(entry.name for entry in self.path.iterdir() if entry.suffix != ".tmp") if self.path.exists() else []
-        )
-        if found:
+        own = {STUDY, CONFIG} if file.exists() else set()
+        found = {entry.name for entry in self.path.iterdir() if entry.suffix != ".tmp"} if self.path.exists() else set()
+        if not found - own:  # a study that failed before anything was worth keeping leaves its folder to the next
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(file, identity)
+            (self.path / CONFIG).write_text(as_yaml(self.config))
+            return dict(identity["versions"])
+        if not file.exists():
             raise ValueError(
                 f"expected an output_directory of this study, or an empty one, got {self.path} with "
-                f"{', '.join(found[:5])}: give another folder"
+                f"{', '.join(sorted(found)[:5])}: give another folder"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(file, identity)
-        return dict(identity["versions"])
-
-    def write_config(self) -> None:
-        """Write the config, as the command line takes it."""
-        (self.path / CONFIG).write_text(as_yaml(self.config))
+        refuse_another_config(file, identity["config_hash"])
+        begun: dict[str, str] = json.loads(file.read_text())["versions"]
+        if begun != identity["versions"]:
+            warnings.warn(
+                f"{self.path} was begun with {_changed(begun, identity['versions'])} and goes on with "
+                f"{_changed(identity['versions'], begun)}: finished cells stay as they are",
+                stacklevel=3,
+            )
+        return begun
 
 
 def _changed(some: Mapping[str, str], others: Mapping[str, str]) -> str:

@@ -139,7 +139,7 @@ def run_linear_regime(settings: LinearRegimeSettings, *, progress_bar: bool = Tr
                 scoring = replace(of_seed, precision=_scoring_in(precision, settings.precision))
                 scores = measurements.score(drawn, scoring, on_pass=advance)
                 result = scoring.probe().reduce(scores, drawn.update.vector)
-            key = {"seed": seed, "precision": precision}
+            key: Row = {"seed": seed, "precision": precision}
             rows = [key | row for row in sweep_rows(result, scores.clusters)]
             folder.add(cell, seconds=seconds["cell"], table=rows, fits=[key | fit_row(result, settings.study)])
     return _report(folder, settings, list(cells.values()))
@@ -253,10 +253,10 @@ def _report(folder: StudyFolder, settings: LinearRegimeSettings, cells: list[str
         "From `fits.csv`. In the linear regime the log-log slope is 1; `first_order_deviation` is what the first order "
         "misses of the measured slope on the same batch.",
     )
-    deviations = table.assign(size=table["relative_deviation"].abs()).pivot_table(
-        index="eta", columns=["precision", "seed"], values="size"
+    labels = table["precision"] + ", seed " + table["seed"].astype(str)
+    deviations = table.assign(size=table["relative_deviation"].abs(), label=labels).pivot_table(
+        index="eta", columns="label", values="size", sort=False
     )
-    deviations.columns = [f"{precision}, seed {seed}" for precision, seed in deviations.columns]
     report.show(deviations.reset_index(), "|ΔH/(η·δH₁) − 1|", "From `table.csv`.")
     report.figure(
         "delta_h",

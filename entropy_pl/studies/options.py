@@ -13,10 +13,7 @@ from entropy_pl.estimators import Baseline, EntropyChange
 from entropy_pl.estimators.estimate import cluster_index, standard_error
 from entropy_pl.estimators.snis import Clusters, Integrand, Weighting
 from entropy_pl.probe import EntropyProbe
-from entropy_pl.studies.pool import Pool
-
-Quantity = tuple[str, float | None]
-"""``("delta_h1", None)``, per unit η, or ``("delta_h", η)``."""
+from entropy_pl.studies.pool import Pool, Quantity
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,7 @@ class EstimatorOption:
             integrand=self.integrand,
             baseline=self.baseline,
             gae_lambda=self.gae_lambda,
+            jackknife_groups=0,  # the study's own jackknife stands beside what the influences say
         )
 
 
@@ -87,15 +85,10 @@ class PoolEstimates:
         self._probe = probe
         self._values: dict[tuple[str, bytes], dict[Quantity, float]] = {}
 
-    @property
-    def quantities(self) -> list[Quantity]:
-        """δH₁, and ΔH at every η."""
-        return [("delta_h1", None), *(("delta_h", eta) for eta in self.pool.scores.shifted)]
-
     def changes(self, option: str, rows: Tensor) -> dict[Quantity, EntropyChange]:
-        """The estimates with their influences, from these sequences as if there were no others."""
-        result = self.options[option].probe(self._probe).reduce(self.pool.scores.select(rows), self.pool.update)
-        found = dict(zip(self.quantities, [result.first_order, *(p.true for p in result.sweep)], strict=True))
+        """δH₁ and ΔH with their influences, from these sequences as if there were no others."""
+        found = self.pool.estimates(self.options[option].probe(self._probe), rows)
+        del found["entropy", None]  # which no option changes, but for the integrand
         self._values[option, _key(rows)] = {quantity: change.value for quantity, change in found.items()}
         return found
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from entropy_pl.estimators import EntropyChange
 from entropy_pl.measurements import EntropyMeasurements
 from entropy_pl.policy import derived_seed
-from entropy_pl.probe import ProbeScores
+from entropy_pl.probe import EntropyProbe, ProbeScores
 from entropy_pl.studies.folder import StudyFolder
 from entropy_pl.studies.stored import drawn_once, scored_once
 from entropy_pl.studies.study import StudySettings, advance_by_phase, progress
@@ -18,6 +19,8 @@ from entropy_pl.updates import UpdateVector
 
 DRAWN, SCORES = "pool_drawn.safetensors", "pool_scores.safetensors"
 SMALLEST = 64  # sequences, of sizes nobody chose
+Quantity = tuple[str, float | None]
+"""``("entropy", None)``, H at θ; ``("delta_h1", None)``, δH₁ per unit η; ``("delta_h", η)``, ΔH(η)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +43,22 @@ class Pool:
         """The η that figures show where there is room for one: the one closest to the learning rate, as a ratio."""
         return min(self.scores.shifted, key=lambda eta: (eta < 0, abs(math.log(abs(eta) / self.update.lr))))
 
-    def first(self, count: int) -> Tensor:
-        """Row numbers of the smaller E-batch of this size, ascending, ``[count]``."""
-        return self.order[:count].sort().values
+    def estimates(self, probe: EntropyProbe, rows: Tensor) -> dict[Quantity, EntropyChange]:
+        """What a probe makes of some sequences, ``[n]`` row numbers, as if there were no others."""
+        result = probe.reduce(self.scores.select(rows), self.update)
+        found: dict[Quantity, EntropyChange] = {
+            ("entropy", None): result.entropy,
+            ("delta_h1", None): result.first_order,
+        }
+        return found | {("delta_h", point.eta): point.true for point in result.sweep}
 
-    def subsets(self, count: int, at_most: int) -> list[Tensor]:
-        """Row numbers of E-batches of this size that share no sequence and no prompt, ``[count]`` each."""
-        whole = len(self.order) // count
-        return [self.order[i * count : (i + 1) * count].sort().values for i in range(min(whole, at_most))]
+    def subsets(self, count: int, at_most: int | None = None) -> list[Tensor]:
+        """Row numbers of E-batches of this size that share no sequence and no prompt, ascending, ``[count]`` each.
+
+        The first one of every size is a beginning of the first one of any larger size.
+        """
+        stretches = self.order[: len(self.order) // count * count].view(-1, count)[:at_most]
+        return [stretch.sort().values for stretch in stretches]
 
 
 def pool_of(settings: StudySettings, folder: StudyFolder, *, features: bool, progress_bar: bool) -> Pool:
@@ -62,7 +73,8 @@ def pool_of(settings: StudySettings, folder: StudyFolder, *, features: bool, pro
     if features:
         settings = replace(settings, estimator=replace(settings.estimator, baseline="critic"))
     measurements = EntropyMeasurements(settings)
-    with progress("pool", measurements.passes(settings.probe()), "pass", progress_bar) as bar:
+    passes = measurements.passes(settings.probe()) - 1  # loading is part of the first
+    with progress("pool", passes, "pass", progress_bar) as bar:
         advance = advance_by_phase(bar)
         drawn = drawn_once(folder.path / DRAWN, measurements, settings, on_pass=advance)
         scores = scored_once(folder.path / SCORES, lambda: measurements.score(drawn, on_pass=advance))

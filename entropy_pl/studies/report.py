@@ -40,7 +40,7 @@ class Report:
         for name, (table, columns) in tables.items():
             self._tables += self._folder.write_tables(**{name: table[list(columns)]})
             meanings = "\n".join(f"* `{column}`: {meaning}" for column, meaning in columns.items())
-            self._glossary.append(f"`{name}.csv`, one row each of:\n\n{meanings}")
+            self._glossary.append(f"In `{name}.csv`:\n\n{meanings}")
 
     def show(self, table: pd.DataFrame, heading: str, reading: str) -> None:
         """A table in the report itself, to six digits, with how to read it."""
@@ -60,13 +60,12 @@ class Report:
         self.say("Caveats", "\n".join(f"* {sentence}" for sentence in sentences))
 
     def write(self, shown: pd.DataFrame) -> StudyOutcome:
-        """Write config and report.
+        """Write the report.
 
         Args:
             shown: a short table for the terminal.
         """
         folder = self._folder
-        folder.write_config()
         self.say("Columns", "\n\n".join(self._glossary))
         self.say("Versions", ", ".join(f"{name} {version}" for name, version in folder.versions.items()))
         self.say("Config", f"In `{CONFIG}`:\n\n```yaml\n{as_yaml(folder.config)}```")

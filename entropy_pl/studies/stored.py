@@ -42,7 +42,12 @@ def drawn_once(
         vector = drawn.update.vector
         tensors = {f"rollout/{name}": tensor for name, tensor in vars(drawn.rollout).items()}
         tensors |= {f"direction/{name}": tensor for name, tensor in vector.direction.items()}
-        facts = {"lr": vector.lr, "update": drawn.update.facts, "prompts": drawn.prompts, "seconds": drawn.seconds}
+        facts: dict[str, Any] = {
+            "lr": vector.lr,
+            "update": drawn.update.facts,
+            "prompts": drawn.prompts,
+            "seconds": drawn.seconds,
+        }
         write_tensors(path, tensors, facts)
     tensors, facts = read_tensors(path)  # what was drawn just now, too: one way, whoever comes
     update = MeasuredUpdate(UpdateVector(_under(tensors, "direction/"), facts["lr"]), facts["update"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -65,12 +66,12 @@ class Study:
     run: Callable[..., StudyOutcome]
 
 
-def progress(description: str, total: int, unit: str, shown: bool) -> tqdm[None]:
+def progress(description: str, total: int, unit: str, shown: bool) -> tqdm[Any]:
     """A bar with the time left; none without a terminal."""
     return tqdm(desc=description, total=total, unit=unit, leave=False, disable=None if shown else True)
 
 
-def advance_by_phase(bar: tqdm[None]) -> Callable[[str], None]:
+def advance_by_phase(bar: tqdm[Any]) -> Callable[[str], None]:
     """What a measurement calls after every pass, to move a bar."""
 
     def advance(phase: str) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
 from torch import Tensor
 
 from entropy_pl.estimators import jackknife_standard_error, linear_combination
-from entropy_pl.probe import timed
 from entropy_pl.studies.figures import error_bars_figure, variance_ratio_figure
 from entropy_pl.studies.folder import Row, StudyFolder
 from entropy_pl.studies.options import DEFAULT_OPTIONS, EstimatorOption, PoolEstimates, Quantity, variance_ratio
 from entropy_pl.studies.pool import Pool, check_sizes, pool_of, pool_sizes
 from entropy_pl.studies.report import Report
-from entropy_pl.studies.study import Study, StudyOutcome, StudySettings, progress
+from entropy_pl.studies.study import Study, StudyOutcome, StudySettings
 from entropy_pl.studies.variance_table import variance_table
 
 NAME = "variance"
@@ -138,36 +141,24 @@ def run_variance(settings: VarianceSettings, *, progress_bar: bool = True) -> St
     pool = pool_of(
         settings, folder, features=any(option.needs_features for option in study.options), progress_bar=progress_bar
     )
-    estimates = PoolEstimates(pool, replace(settings.probe(), baseline="none"), study.options)
-    missing = [cell for cell in (*whole.values(), *parts.values()) if cell not in folder]
-    with progress(NAME, len(missing), "cell", progress_bar) as bar:
-        for name in names:  # an option's cells side by side: they share estimates
-            for cell, rows in (
-                (whole[name], lambda name=name: whole_pool_rows(estimates, name, study)),
-                *(
-                    (parts[name, size], lambda name=name, size=size: subset_rows(estimates, name, size, study))
-                    for size in sizes
-                ),
-            ):
-                if cell in folder:
-                    continue
-                bar.set_postfix_str(cell, refresh=False)
-                seconds: dict[str, float] = {}
-                with timed(seconds, "cell"):
-                    found = rows()
-                folder.add(cell, seconds=seconds["cell"], rows=found)
-                bar.update()
+    # A probe jackknifes gae by itself; here influences and jackknife stand side by side.
+    estimates = PoolEstimates(pool, replace(settings.probe(), jackknife_groups=0), study.options)
+    jobs: dict[str, Callable[[], list[Row]]] = {}
+    for name in names:  # an option's cells side by side: they share estimates
+        jobs[whole[name]] = partial(whole_pool_rows, estimates, name, study)
+        jobs |= {parts[name, size]: partial(subset_rows, estimates, name, size, study) for size in sizes}
+    folder.finish(jobs, progress_bar=progress_bar)
     return _report(folder, settings, pool, whole, parts)
 
 
 def whole_pool_rows(estimates: PoolEstimates, name: str, study: VarianceOptions) -> list[Row]:
     """An option on the whole pool: its estimates, and how they differ from the reference's."""
     pool = estimates.pool
-    everything, clusters = pool.first(len(pool.order)), pool.scores.clusters
+    everything, clusters = torch.arange(len(pool.order)), pool.scores.clusters
     own, compared, reference = (
         estimates.changes(option, everything) for option in (name, study.compared_to, study.reference)
     )
-    rows = []
+    rows: list[Row] = []
     for quantity, change in own.items():
         ratio, ratio_error = variance_ratio(change, compared[quantity], clusters)
         difference = linear_combination([(1.0, change), (-1.0, reference[quantity])], clusters=clusters)
@@ -301,7 +292,7 @@ def _report(
                 ["option", "quantity", "n", "n_subsets", "jackknife_to_influence", "coverage", "coverage_uncorrected"]
             ],
             "Do the intervals cover?",
-            f"From `table.csv`, N up to half the pool; nominal is {settings.estimator.confidence:g}.",
+            f"From `table.csv`, N ≤ half the pool, ΔH at η = {eta:g}; nominal is {settings.estimator.confidence:g}.",
         )
     times = "\n".join(
         f"* `{name}`: {folder.seconds([cell, *(parts[key] for key in parts if key[0] == name)]):.1f} s"
@@ -317,7 +308,8 @@ def _report(
         "The reference has a standard error of its own: a `difference` below about two of its standard errors shows "
         "no bias.",
         "The influences of `gae` leave out the noise of its critic, at first order: its intervals are too short, and "
-        "the jackknife is the one to trust. Its paired standard error from influences suffers alike.",
+        "the jackknife is the one to trust (a probe's own error bars of `gae` hold one). Its paired standard error "
+        "from influences suffers alike.",
         f"The jackknife leaves out {study.jackknife_groups} groups in turn and has a relative error of its own of "
         "about √(2/(groups − 1)) in variance.",
         "ΔH of an option with a baseline is the importance-sampling estimate of its weighting with the first order "
