@@ -1,17 +1,19 @@
-"""Settings from a dict, a YAML file or the command line, as typed dataclasses; and what is said to a wrong one."""
+"""Settings from a dict, a YAML file or the command line, as typed dataclasses."""
 
 from __future__ import annotations
 
+import json
 import os
-import re
+import sys
 from argparse import ArgumentError
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import IO, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from entropy_pl.registry import did_you_mean
+from entropy_pl.config_messages import explained, unknown_key
 
 S = TypeVar("S")
 
@@ -23,7 +25,10 @@ class UsageError(Exception):
 class SettingsParser(Generic[S]):
     """Reads one dataclass of sections, which are dataclasses themselves.
 
-    YAML's numbers are read as JSON's are: ``1e-5`` without a dot is a number. Nothing in a file is executed.
+    A dict, a file and words say the same things and are checked by the same walk: every key must be the dataclass's
+    own. Nothing is executed or imported: jsonargparse, which would import what a ``class_path`` names, gets to see only
+    known keys in the shape of their sections. YAML's numbers are read as JSON's are: ``1e-5`` without a dot is a
+    number.
 
     Args:
         settings: the dataclass.
@@ -32,15 +37,14 @@ class SettingsParser(Generic[S]):
     """
 
     def __init__(self, settings: type[S], *, program: str = "entropy-pl", description: str | None = None) -> None:
+        self.keys = keys_of(settings)
         self._settings = settings
         self._parser = ArgumentParser(prog=program, description=description, exit_on_error=False)
         self._parser.add_argument("--config", action="config", help="Path to a YAML file with these settings.")
         self._parser.add_class_arguments(settings)
-
-    @property
-    def keys(self) -> list[str]:
-        """Every key there is, with its sections: ``checkpoint.backbone``."""
-        return keys_of(self._settings)
+        for action in self._parser._actions:
+            if self._is_section(action.dest) and action.metavar == "CONFIG":
+                action.metavar, action.help = "{KEY: VALUE, ...}", "Several keys of this section at once."
 
     def read(self, source: Mapping[str, Any] | str | os.PathLike[str]) -> S:
         """Settings from a mapping or a YAML file.
@@ -50,110 +54,175 @@ class SettingsParser(Generic[S]):
                 what was expected, and the nearest key there is.
             FileNotFoundError: if there is no such file.
         """
-        if isinstance(source, Mapping):
-            return self._settings_of(lambda: self._parser.parse_object(dict(source)))
-        if not os.path.isfile(source):
-            raise FileNotFoundError(f"expected a config file, got {os.fspath(source)}, no such file")
-        return self._settings_of(lambda: self._parser.parse_path(os.fspath(source)))
+        given = self._checked(source if isinstance(source, Mapping) else _load_file(source))
+        return self._settings_of(lambda: self._parser.parse_object(given))
 
     def parse(self, words: Sequence[str] | None) -> S:
         """Settings from command-line words, ``--config`` files among them; None takes the process's own.
 
-        Raises:
-            ValueError: as :meth:`read`.
-        """
-        return self._settings_of(lambda: self._parser.parse_args(None if words is None else list(words)))
+        Of two words, or a word and a file, that give the same key, the later one counts.
 
-    def _settings_of(self, parse: Any) -> S:
+        Raises:
+            ValueError: as :meth:`read`, or for words that are not ``--KEY VALUE`` or ``--KEY=VALUE``.
+            FileNotFoundError: as :meth:`read`.
+            SystemExit: with status 0, after ``--help`` or ``--print_config``.
+        """
+        given: dict[str, Any] = {}
+        flags = []
+        rest = iter(sys.argv[1:] if words is None else words)
+        for word in rest:
+            if self._is_flag(word):
+                flags.append(word)
+                continue
+            name, has_value, value = word.partition("=")
+            key = name.removeprefix("--")
+            if name == key:
+                raise ValueError(f"expected --KEY VALUE, got {word!r}")
+            if key not in ("config", *self.keys):
+                raise ValueError(unknown_key(key, self.keys))
+            if not has_value:
+                value = next(rest, "--")
+                if value.startswith("--"):
+                    raise ValueError(f"expected a value for {key}, got none")
+            given = _merged(given, self._checked(self._meant(key, value)))
+        if flags:  # jsonargparse prints and exits
+            return self._settings_of(lambda: self._parser.parse_args(["--config", json.dumps(given), *flags]))
+        return self._settings_of(lambda: self._parser.parse_object(given))
+
+    def _is_flag(self, word: str) -> bool:
+        section = word.removeprefix("--").removesuffix(".help")
+        return (
+            word in ("-h", "--help")
+            or word.partition("=")[0] == "--print_config"
+            or (word == f"--{section}.help" and self._is_section(section))
+        )
+
+    def _is_section(self, key: str) -> bool:
+        return any(other.startswith(f"{key}.") for other in self.keys)
+
+    def _meant(self, key: str, value: str) -> Mapping[Any, Any]:
+        if key == "config":
+            return _load_file(value)
+        return {key: _load_yaml(value, f"--{key}") if self._is_section(key) else value}
+
+    def _checked(self, given: Mapping[Any, Any]) -> dict[str, Any]:
+        return _checked_section(given, self._settings, "", self.keys)
+
+    def _settings_of(self, parse: Callable[[], Namespace]) -> S:
         try:
-            namespace: Namespace = parse()
+            namespace = parse()
         except (ArgumentError, TypeError) as error:
             raise ValueError(explained(str(error), self.keys)) from error
-        namespace.pop("config", None)
-        _refuse_empty(namespace, self._settings)
-        made = self._parser.instantiate(namespace)
-        return self._settings(**{field.name: made[field.name] for field in fields(self._settings)})  # type: ignore[arg-type]
+        made: S = _made(namespace, self._settings)
+        return made
 
 
 def keys_of(settings: type) -> list[str]:
-    """Every key of a dataclass of sections, with the sections it lies in."""
-    sections = _sections(settings)
+    """Every key of a dataclass of sections, with the sections it lies in: ``checkpoint.backbone``."""
     keys = []
-    for field in fields(settings):
-        keys.append(field.name)
-        if field.name in sections:
-            keys += [f"{field.name}.{key}" for key in keys_of(sections[field.name])]
+    for name, hint in get_type_hints(settings).items():
+        section = _section_in(hint)
+        keys += [name, *(f"{name}.{key}" for key in (keys_of(section) if section else ()))]
     return keys
 
 
-def _refuse_empty(given: Namespace, settings: type, path: str = "") -> None:
-    """Jsonargparse lets null and, for a section, a plain value pass where neither has a meaning."""
-    sections = _sections(settings)
-    for name, hint in get_type_hints(settings).items():
-        value = given.get(name)
-        if value is None and type(None) not in (hint, *get_args(hint)):
-            raise ValueError(
-                f"{path}{name}: expected {getattr(hint, '__name__', hint)}, got null: give one or leave it out"
-            )
-        if name in sections and get_origin(hint) is not list and value is not None:
-            if not isinstance(value, Namespace):
-                raise ValueError(f"{path}{name}: expected a section with keys of its own, got {value!r}")
-            _refuse_empty(value, sections[name], f"{path}{name}.")
+def _section_in(hint: Any) -> type | None:
+    """The dataclass that a field is, may be or lists, if any."""
+    if isinstance(hint, type) and is_dataclass(hint):
+        return hint
+    return next(filter(None, map(_section_in, get_args(hint))), None)
 
 
-def _sections(settings: type) -> dict[str, type]:
-    """The fields that are dataclasses themselves, or may be."""
-    found = {}
-    for name, hint in get_type_hints(settings).items():
-        kinds = [kind for kind in (hint, *get_args(hint)) if is_dataclass(kind) and isinstance(kind, type)]
-        if kinds:
-            found[name] = kinds[0]
-    return found
+def _checked_section(given: Mapping[Any, Any], settings: type, path: str, keys: Sequence[str]) -> dict[str, Any]:
+    """What was given, as nested dicts, if every key is one of the dataclass's, and sections stand where they belong."""
+    hints = get_type_hints(settings)
+    checked: dict[str, Any] = {}
+    for key, value in given.items():
+        name, _, rest = str(key).partition(".")  # sections can be written as on the command line
+        if name not in hints or (rest and _section_in(hints[name]) is None):
+            inner = f".{next(iter(value))}" if isinstance(value, Mapping) and value else ""
+            raise ValueError(unknown_key(f"{path}{key}{inner}", keys))
+        value = _checked_value({rest: value} if rest else value, hints[name], path + name, keys)
+        checked[name] = _merged(checked.get(name), value)
+    return checked
 
 
-def explained(message: str, keys: Iterable[str]) -> str:
-    """Jsonargparse's message in one line: the key, what was expected, what came, and the nearest key there is."""
-    keys = list(keys)
-    unknown = _unknown_key(message)
-    if unknown is not None:
-        section = [key for key in keys if key.startswith(unknown.rpartition(".")[0] + ".")]
-        siblings = section if "." in unknown and section else sorted({key.split(".")[0] for key in keys})
-        nearest = did_you_mean(unknown, keys, cutoff=0.8) or did_you_mean(unknown.split(".")[0], siblings, cutoff=0.7)
-        return f"unknown key '{unknown}'" + (nearest or f": expected one of {', '.join(siblings)}")
-    missing = re.search(r"following arguments are required: (\S+)", message)
-    if missing is not None:
-        return f"expected a value for {missing[1]}, got none"
-    wrong = re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL)
-    if wrong is None:
-        return message
-    return f"{wrong[1]}: {_expectation(wrong[2])}"
+def _checked_value(value: Any, hint: Any, path: str, keys: Sequence[str]) -> Any:
+    kinds, section = (hint, *get_args(hint)), _section_in(hint)
+    if value is None:
+        if type(None) in kinds:
+            return None
+        raise ValueError(f"{path}: expected {getattr(hint, '__name__', hint)}, got null: give one or leave it out")
+    if section is None:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if section in kinds and get_origin(hint) is not list:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path}: expected a section with keys of its own, got {value!r}")
+        return _checked_section(value, section, f"{path}.", keys)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{path}: expected a list of sections, got {value!r}")
+    elements = [_checked_value(element, section, f"{path}[{i}]", keys) for i, element in enumerate(value)]
+    for field in fields(section):
+        for i, element in enumerate(elements):
+            if field.default is field.default_factory is MISSING and field.name not in element:
+                raise ValueError(f"expected a value for {path}[{i}].{field.name}, got none")
+    return elements
 
 
-def _unknown_key(message: str) -> str | None:
-    for pattern in (
-        r"(?P<group>)Subcommand '\w+' does not accept option '(?P<key>[\w.]+)'",
-        r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'",
-        r'Parser key "(?P<group>[\w.]+)":.*Option \'(?P<key>[\w.]+)\' is not accepted',
-        r"(?P<group>)Option '(?P<key>[\w.]+)' is not accepted",
-        r"(?P<group>)unrecognized arguments: --(?P<key>[\w.]+)",
-    ):
-        found = re.search(pattern, message, re.DOTALL)
-        if found is not None:
-            group, key = found["group"], found["key"]
-            return key if not group or key.startswith(f"{group}.") else f"{group}.{key}"
-    return None
+def _made(value: Any, hint: Any) -> Any:
+    """The dataclasses that namespaces stand for, made here so that their own messages come as they are."""
+    section = _section_in(hint)
+    if section is not None and isinstance(value, list):
+        return [_made(element, section) for element in value]
+    if section is None or not isinstance(value, Namespace):
+        return value
+    return section(
+        **{name: _made(value[name], kind) for name, kind in get_type_hints(section).items() if name in value}
+    )
 
 
-def _expectation(problem: str) -> str:
-    """``Expected a <class 'float'>. Got value: x`` and its like, shorter."""
-    got = re.search(r"Given value: (.*)$", problem, re.DOTALL) or re.search(r"Got value: (.*)$", problem, re.DOTALL)
-    value = got[1].strip() if got else "something else"
-    choices = re.search(r"Literal\[(.*?)\]", problem)
-    if choices is not None:
-        options = [option.strip("'\" ") for option in choices[1].split(",")]
-        return f"expected one of {', '.join(options)}, got {value}{did_you_mean(value, options)}"
-    expected = re.search(r"Subtypes: \[(.*)\]\n", problem) or re.search(r"Expected an? (.*?)\. Got", problem)
-    if expected is None:
-        return " ".join(problem.split())
-    names = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", expected[1]).replace("NoneType", "null").split(", ")
-    return f"expected {' or '.join(names)}, got {value}"
+def _merged(old: Any, new: Any) -> Any:
+    """The later one, but key by key where both are sections."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return old | {key: _merged(old.get(key), value) for key, value in new.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once, and a date is text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012, declared so by PyYAML
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        None, None, f"expected every key once, got {key.value!r} again", key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
+def _load_yaml(stream: str | IO[bytes], source: str) -> Any:
+    try:
+        return yaml.load(stream, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"expected YAML from {source}: {' '.join(str(error).split())}") from error
+
+
+def _load_file(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
+    name = os.fspath(path)
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"expected a config file, got {name}, no such file")
+    with open(name, "rb") as file:
+        loaded = _load_yaml(file, name)
+    if not isinstance(loaded, Mapping):
+        got = "nothing" if loaded is None else f"a {type(loaded).__name__}"
+        raise ValueError(f"expected a mapping of settings in {name}, got {got}: write `key: value` lines")
+    return loaded

@@ -63,5 +63,5 @@ def run_study(words: Sequence[str]) -> None:
 def _as_usage_errors() -> Iterator[None]:
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, ArithmeticError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error

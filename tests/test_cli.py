@@ -84,7 +84,10 @@ def test_every_config_is_valid_and_documented(name, capsys):
         (["study", "variants"], "got 'variants'; did you mean 'variance'?"),
         (["measure", "--seed=x"], "seed: expected int, got x"),
         (["measure"], "expected a value for checkpoint.checkpoint_path, got none"),
-        (["measure", "--checkpoint.checkpoint_path=nowhere.ckpt"], "expected a checkpoint at nowhere.ckpt"),
+        (
+            ["measure", "--checkpoint.checkpoint_path=no.ckpt", "--batch_config.dataset_name=arithmetic_r1_template"],
+            "expected a checkpoint at no.ckpt",
+        ),
         (["measure", "--checkpoint.optimiser_path=x"], "did you mean 'checkpoint.optimizer_path'?"),
     ],
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import build_model, build_tokenizer
 
 from entropy_pl import EntropyProbe, UpdateVector
-from entropy_pl.estimators import jackknife_standard_error
+from entropy_pl.estimators import first_order_delta_entropy, score_baseline
 from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.policy.sample import sample_completions
 from entropy_pl.probe import ProbeScores
@@ -49,22 +50,38 @@ def test_the_pair_still_differs_by_curvature_alone(scored, baseline):
 
 
 def test_gae_carries_the_noise_of_its_critic(scored):
-    """Its standard error is that of a jackknife of the whole calculation, in δH₁ and, times η, in ΔH."""
-    scores, update = scored
-    influences = reduced(scored, baseline="gae", gae_lambda=0.95, jackknife_groups=0)
-    honest = reduced(scored, baseline="gae", gae_lambda=0.95, jackknife_groups=16)
+    """Its variance is the influences' and what leaving groups out adds once the critic is fitted anew, in a loop."""
+    scores, _ = scored
+    options = {"baseline": "gae", "gae_lambda": 0.95}
+    plain = reduced(scored, **options, jackknife_groups=0)
+    honest = reduced(scored, **options, jackknife_groups=16)
+    features = {"features": scores.features, "gae_lambda": 0.95, "clusters": scores.clusters}
+    kept = score_baseline("gae", scores.base, **features)
+    group = scores.clusters % 16
 
-    def estimate(rows):
-        part = reduced((scores.select(rows), update), baseline="gae", gae_lambda=0.95, jackknife_groups=0)
-        return part.first_order.value
+    def first_order(rows, baseline):
+        return first_order_delta_entropy(
+            scores.base.select(rows), scores.tangent.select(rows), baseline=baseline, clusters=scores.clusters[rows]
+        ).value
 
-    jackknife = jackknife_standard_error(estimate, len(scores), clusters=scores.clusters, groups=16)
-    assert honest.first_order.stderr == pytest.approx(max(jackknife, influences.first_order.stderr), rel=1e-9)
-    assert honest.first_order.value == influences.first_order.value
-    assert jackknife > influences.first_order.stderr, "nothing to be honest about"
-    added = honest.first_order.stderr**2 - influences.first_order.stderr**2
-    for point, other in zip(honest.sweep, influences.sweep, strict=True):
-        assert point.true.stderr == pytest.approx(math.sqrt(other.true.stderr**2 + point.eta**2 * added), rel=1e-9)
+    anew, fixed = [], []
+    for j in range(16):
+        rows = (group != j).nonzero()[:, 0]
+        part = scores.select(rows)
+        refitted = score_baseline(
+            "gae", part.base, features=part.features, gae_lambda=0.95, clusters=scores.clusters[rows]
+        )
+        anew.append(first_order(rows, refitted))
+        fixed.append(first_order(rows, kept[rows]))
+    # the textbook's jackknife, groups being of one size: (g − 1)/g Σ (θ_j − mean)²
+    added = 15 * (np.var(anew) - np.var(fixed))
+    assert added > 0, "nothing to be honest about"
+    assert honest.first_order.value == plain.first_order.value
+    assert honest.first_order.stderr**2 - plain.first_order.stderr**2 == pytest.approx(float(added), rel=1e-8)
+    for point, other in zip(honest.sweep, plain.sweep, strict=True):
+        assert point.true.stderr == pytest.approx(
+            math.sqrt(other.true.stderr**2 + point.eta**2 * float(added)), rel=1e-8
+        )
         widened = point.true.stderr / other.true.stderr
         assert point.true.ci_high - point.true.value == pytest.approx(
             widened * (other.true.ci_high - other.true.value), rel=1e-9

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from entropy_pl.data.datamodule import PromptDataModule
-from entropy_pl.groups import Groups, GroupSampler
+from entropy_pl.groups import Groups
 from entropy_pl.measurements.settings import MeasurementSettings
-from entropy_pl.objectives import RewardSum
 from entropy_pl.policy import Policy, derived_seed, isolated_rng, sample_completions
 from entropy_pl.rollout import Rollout
 
 
 def prompt_data(settings: MeasurementSettings) -> PromptDataModule:
-    """The prompts of both batches, disjoint, drawn by the measurement's seed.
+    """The prompts of both batches, disjoint, drawn by the measurement's seed; of a pair, E's alone are read.
 
     Raises:
         ValueError: for more prompts than their splits hold.
@@ -29,7 +28,9 @@ def prompt_data(settings: MeasurementSettings) -> PromptDataModule:
         seed=settings.seed,
     )
     try:
-        data.setup()
+        _ = data.e_examples
+        if settings.checkpoint.after_checkpoint_path is None:
+            _ = data.u_examples
     except ValueError as error:
         if "e_size" not in str(error):
             raise
@@ -56,15 +57,11 @@ def draw_e_batch(policy: Policy, prompts: list[str], settings: MeasurementSettin
 
 def draw_u_batch(policy: Policy, data: PromptDataModule, settings: MeasurementSettings) -> Groups:
     """The U-batch: one batch of U prompts, in a seeded order, each answered G times and rewarded."""
-    sampler = GroupSampler(
-        RewardSum(settings.update.rewards, settings.update.reward_weights),
+    sampler = settings.update.sampler(
         num_generations=settings.batch_config.G,
         max_new_tokens=settings.generation.max_new_tokens,
         temperature=settings.generation.temperature,
-        top_p=settings.update.top_p,
-        top_k=settings.update.top_k,
         batch_size=settings.generation.sample_batch_size,
-        zero_advantage=settings.update.zero_advantage,
     )
     batch = next(iter(data.train_dataloader()))
     with isolated_rng(derived_seed(settings.seed, "U-batch")), settings.probe().evaluation(policy.model):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from entropy_pl.config import SettingsParser
 from entropy_pl.data.datamodule import PromptDataModule
 from entropy_pl.measurements.batches import draw_e_batch, draw_u_batch, prompt_data
-from entropy_pl.measurements.results import ResultsFolder, sweep_with_seed_keys, versions
+from entropy_pl.measurements.results import ResultsFolder, make_writable, sweep_with_seed_keys, versions
 from entropy_pl.measurements.settings import MeasurementSettings
 from entropy_pl.measurements.update import MeasuredUpdate, update_from_optimizer, update_from_pair
 from entropy_pl.policy import Checkpoint, checkpoint_weights, decode_completions, load_checkpoint
@@ -86,6 +86,7 @@ class EntropyMeasurements:
             dtype=chosen.dtype,
             quantization=chosen.quantization,
             device_map=chosen.device_map,
+            optimizer=chosen.after_checkpoint_path is None,
         )
         if checkpoint.optimizer is None and chosen.after_checkpoint_path is None:
             raise ValueError(
@@ -112,10 +113,14 @@ class EntropyMeasurements:
         Raises:
             ValueError: if the output folder holds results of another config, the checkpoint cannot be used, or no
                 estimate can be made.
+            NonFiniteError: if the policy's logits are not finite at a θ+ηv of the sweep: that step was too long.
+            OSError: if the output folder or the log's cannot be written to.
         """
         settings = self.settings
         fingerprint = fingerprint_of(settings)
         folder = None if settings.output_directory is None else ResultsFolder(settings.output_directory, fingerprint)
+        if settings.detailed_logging.enabled:
+            make_writable(Path(settings.detailed_logging.output_directory))
         probe = settings.probe()
         seconds: dict[str, float] = {}
         with (
@@ -133,9 +138,6 @@ class EntropyMeasurements:
                 bar.set_postfix_str(phase, refresh=False)
                 bar.update()
 
-            with timed(seconds, "loading"):
-                _ = self.checkpoint
-            advance("loading")
             drawn = self.draw(on_pass=advance)
             scores = self.score(drawn, on_pass=advance)
             result = probe.reduce(scores, drawn.update.vector)
@@ -157,9 +159,12 @@ class EntropyMeasurements:
             ValueError: as :meth:`run_experiments`.
         """
         settings = settings or self.settings
-        policy, seconds = self.checkpoint.policy, dict[str, float]()
-        data = prompt_data(settings)
-        with _products_as_in(settings):
+        seconds: dict[str, float] = {}
+        with timed(seconds, "loading"):
+            data = prompt_data(settings)  # first: a large policy takes minutes
+            policy = self.checkpoint.policy
+        on_pass("loading")
+        with matmul_precision(settings.precision.products):
             update = self._update(data, settings, seconds, on_pass)
             with timed(seconds, "sampling_e", policy.model):
                 rollout = draw_e_batch(policy, data.e_prompts, settings)
@@ -172,14 +177,14 @@ class EntropyMeasurements:
     ) -> ProbeScores:
         """Score an E-batch at θ, along v and at every θ+ηv; the arguments are :meth:`draw`'s and what it returned."""
         settings = settings or self.settings
-        with _products_as_in(settings):
+        with matmul_precision(settings.precision.products):
             return settings.probe().collect(
                 self.checkpoint.policy.model, drawn.rollout, drawn.update.vector, on_pass=on_pass
             )
 
     def passes(self, probe: EntropyProbe) -> int:
-        """Passes of a measurement: loading, U's sampling and gradient, E's sampling, and the probe's."""
-        return 4 + probe.passes(lr=1.0)
+        """Passes of a measurement: loading, U's sampling (not of a pair), the update, E's sampling, and the probe's."""
+        return 3 + (self.settings.checkpoint.after_checkpoint_path is None) + probe.passes(lr=1.0)
 
     def _update(
         self, data: PromptDataModule, settings: MeasurementSettings, seconds: dict[str, float], on_pass: OnPass
@@ -197,12 +202,14 @@ class EntropyMeasurements:
                 update = update_from_optimizer(policy.model, self.checkpoint.optimizer, groups, settings)
         on_pass("update")
         if update.vector.norm() == 0:
-            raise ValueError("expected an update that moves the policy, got v = 0: the two checkpoints are the same")
+            why = "there is neither gradient nor momentum" if after is None else "the two checkpoints are the same"
+            raise ValueError(f"expected an update that moves the policy, got v = 0: {why}")
         return update
 
     def _results(self, drawn: Drawn, result: ProbeResult, seconds: dict[str, float], fingerprint: str) -> Record:
         settings, batch = self.settings, self.settings.batch_config
         found = result.to_dict()
+        del found["seconds"]  # among those of the whole measurement
         scored_tokens = result.entropy.n_tokens * settings.probe().passes(result.lr)
         return {
             "schema": SCHEMA,
@@ -223,6 +230,7 @@ class EntropyMeasurements:
                 "scoring": scored_tokens / sum(result.seconds.values()),
             },
             "seed": settings.seed,
+            "device": str(next(self.checkpoint.policy.model.parameters()).device),
             "versions": versions(),
             "config_hash": fingerprint,
             "config": asdict(settings),
@@ -245,10 +253,6 @@ class EntropyMeasurements:
             log.write_measurement(
                 results, batch, config=_what_counts(self.settings), seconds=results["timing"]["total"]
             )
-
-
-def _products_as_in(settings: MeasurementSettings) -> AbstractContextManager[None]:
-    return matmul_precision(settings.precision.matmul_precision, settings.precision.allow_tf32)
 
 
 def fingerprint_of(settings: MeasurementSettings) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -46,23 +47,52 @@ class ResultsFolder:
     """Results of one config: ``results.json``, ``config.yaml``, ``eta_sweep.png``.
 
     Args:
-        path: the folder; it is made with the first results.
+        path: the folder; it is made if it is not there.
         config_hash: of the config that is about to be measured.
 
     Raises:
-        ValueError: if the folder holds results of another config, or a file of that name that cannot be read.
+        ValueError: if the folder holds results of another config, or somebody's files under the names of ours.
+        OSError: if it cannot be made or written to.
     """
 
     def __init__(self, path: str | os.PathLike[str], config_hash: str) -> None:
-        self.path = Path(path)
-        refuse_another_config(self.path / RESULTS, config_hash)
+        self.path, self._hash = Path(path), config_hash
+        self._refuse_others()
+        make_writable(self.path)
 
     def write(self, results: Record) -> None:
-        """Replace the folder's results."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Replace the folder's results.
+
+        Raises:
+            ValueError: if another config's have come in the meantime.
+        """
+        self._refuse_others()
         (self.path / CONFIG).write_text(as_yaml(results["config"]))
         eta_sweep_figure(results).savefig(self.path / FIGURE)
         write_whole(self.path / RESULTS, results)  # last: results that are there say that the rest is, too
+
+    def _refuse_others(self) -> None:
+        refuse_another_config(self.path / RESULTS, self._hash)
+        foreign = [name for name in (CONFIG, FIGURE) if (self.path / name).exists()]
+        if foreign and not (self.path / RESULTS).exists():
+            raise ValueError(
+                f"expected an output_directory whose {foreign[0]} is a measurement's, got {self.path}, which has one "
+                f"and no {RESULTS}: give another folder"
+            )
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder and see that it can be written to, before there is something to lose.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"expected a folder that can be written to, got {folder}: {error}") from error
 
 
 def as_yaml(config: Mapping[str, Any]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from entropy_pl.data.registry import check_template, get_dataset
 from entropy_pl.estimators import Baseline
 from entropy_pl.estimators.snis import Normalize, Weighting
-from entropy_pl.groups import ZeroAdvantage
+from entropy_pl.groups import GroupSampler, ZeroAdvantage
 from entropy_pl.objectives import AdvantageKind, LossSettings, LossType, RewardSum
 from entropy_pl.policy import LoraSettings
 from entropy_pl.policy.precision import MatmulPrecision
@@ -165,13 +166,13 @@ class EstimatorSettings:
             raise ValueError("expected at least one η in eta_list, got none: leave it out for eta_multipliers")
         self.probe()  # which checks the rest
 
-    def probe(self, **others: object) -> EntropyProbe:
+    def probe(self, **others: Any) -> EntropyProbe:
         """The probe these settings mean; ``others`` are its arguments from other sections."""
         if not self.eta_sweep:
             etas, multipliers = ([], [1.0]) if self.single_eta is None else ([self.single_eta], [])
         else:
             etas, multipliers = ([], self.eta_multipliers) if self.eta_list is None else (self.eta_list, [])
-        options: dict[str, object] = {
+        options: dict[str, Any] = {
             "etas": tuple(etas),
             "eta_multipliers": tuple(multipliers),
             "at_lr": False,
@@ -185,7 +186,7 @@ class EstimatorSettings:
             "confidence": self.confidence,
             "method": self.method,
         }
-        return EntropyProbe(**options, **others)  # type: ignore[arg-type]
+        return EntropyProbe(**options, **others)
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ class UpdateSettings:
         reward_weights: one per reward. None: 1 each.
         kl_coefficient: weight of the KL divergence to the policy with its adapter off.
         zero_advantage: groups of equal rewards: `keep`, `filter` or `resample`.
+        max_resamples: rounds of resampling.
         top_p: U is sampled from the smallest set of tokens with this probability.
         top_k: U is sampled from the k likeliest tokens. None keeps all.
         max_grad_norm: the gradient is scaled down to this norm. None leaves it.
@@ -212,6 +214,7 @@ class UpdateSettings:
     reward_weights: list[float] | None = None
     kl_coefficient: float = 0.0
     zero_advantage: ZeroAdvantage = "keep"
+    max_resamples: int = 2
     top_p: float = 1.0
     top_k: int | None = None
     max_grad_norm: float | None = 1.0
@@ -219,12 +222,23 @@ class UpdateSettings:
     decoupled_weight_decay: bool | None = None
 
     def __post_init__(self) -> None:
-        RewardSum(self.rewards, self.reward_weights)
+        self.sampler()  # checks what it is given
         self.loss(max_new_tokens=1)
         for name in ("max_grad_norm", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"expected {name} above 0, or None, got {value}")
+
+    def sampler(self, **others: Any) -> GroupSampler:
+        """What draws the U-batch; ``others`` are its arguments from other sections."""
+        return GroupSampler(
+            RewardSum(self.rewards, self.reward_weights),
+            top_p=self.top_p,
+            top_k=self.top_k,
+            zero_advantage=self.zero_advantage,
+            max_resamples=self.max_resamples,
+            **others,
+        )
 
     def loss(self, max_new_tokens: int) -> LossSettings:
         """The loss; on fresh samples the ratio is 1 and no clip range has a part in its gradient."""
@@ -265,6 +279,12 @@ class PrecisionSettings:
     update_vector: UpdateVectorPrecision = field(default_factory=UpdateVectorPrecision)
 
     def __post_init__(self) -> None:
+        if self.products != self.matmul_precision:
+            warnings.warn(
+                f"matmul_precision: {self.matmul_precision} would turn TF32 on, and allow_tf32: false forbids it: "
+                "products are float32",
+                stacklevel=2,
+            )
         if self.runtime_dtype == "float64":
             if self.update_vector.use_amp or not self.update_vector.grads_fp32:
                 raise ValueError(
@@ -273,6 +293,11 @@ class PrecisionSettings:
                 )
             if self.entropy_dtype == "float32":
                 raise ValueError("expected entropy_dtype: float64 with runtime_dtype: float64, got float32")
+
+    @property
+    def products(self) -> MatmulPrecision:
+        """How float32 products are computed: as `matmul_precision` says, where `allow_tf32` lets it."""
+        return self.matmul_precision if self.allow_tf32 else "highest"
 
 
 @dataclass(frozen=True)
@@ -304,6 +329,11 @@ class MeasurementSettings:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"expected a seed of at least 0, got {self.seed}")
+        if self.checkpoint.quantization is not None and self.precision.runtime_dtype == "float64":
+            raise ValueError(
+                f"expected no checkpoint.quantization with runtime_dtype: float64, got {self.checkpoint.quantization}: "
+                "4-bit layers have no float64 arithmetic"
+            )
 
     def probe(self) -> EntropyProbe:
         """The probe that all sections together mean."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from entropy_pl.groups import Groups
-from entropy_pl.measurements.settings import MeasurementSettings, PrecisionSettings
+from entropy_pl.measurements.settings import MeasurementSettings, PrecisionSettings, UpdateVectorPrecision
 from entropy_pl.policy import evaluation, evaluation_mode, float64_evaluation, trainable_parameters
-from entropy_pl.policy_gradient import PolicyGradient
+from entropy_pl.policy.precision import chosen_matmul
+from entropy_pl.policy_gradient import PolicyGradient, TrainingBatch
 from entropy_pl.updates import UpdateVector, clip_gradients, match_optimizer_state, rebuild_update
+
+LOSS_SCALE = 2.0**16  # where torch's GradScaler starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,12 +104,35 @@ def u_gradient(model: nn.Module, groups: Groups, settings: MeasurementSettings) 
                 f"expected groups with different rewards in the U-batch, got none out of {settings.batch_config.B_U}: "
                 "there is no gradient to rebuild a step from. Raise B_U or G, or look at the rewards"
             )
-        parameters = trainable_parameters(model)  # in here, where they may be wider ones
+        return _scaled_gradient(model, objective, batch, settings.precision.update_vector)
+
+
+def _scaled_gradient(
+    model: nn.Module, objective: PolicyGradient, batch: TrainingBatch, precision: UpdateVectorPrecision
+) -> dict[str, Tensor | None]:
+    """The gradient, its loss scaled up where float16 would lose the small of it, as a gradient scaler does."""
+    scale = LOSS_SCALE if precision.use_amp and precision.amp_dtype == "float16" else 1.0
+    parameters = trainable_parameters(model)  # in here, where they may be wider ones
+    try:
+        while True:
+            model.zero_grad()
+            objective.backward(model, batch, call_backward=partial(_backward_scaled, scale))
+            gradients = {name: parameter.grad for name, parameter in parameters.items()}
+            if scale == 1 or all(gradient is None or gradient.isfinite().all() for gradient in gradients.values()):
+                return {name: None if g is None else g / scale for name, g in gradients.items()}
+            scale /= 2
+    finally:
         model.zero_grad()
-        objective.backward(model, batch)
-        gradients = {name: parameter.grad for name, parameter in parameters.items()}
-        model.zero_grad()
-    return gradients
+
+
+def _backward_scaled(scale: float, loss: Tensor) -> None:
+    (loss * scale).backward()
+
+
+@contextmanager
+def _own_dtypes(model: nn.Module) -> Iterator[None]:
+    with evaluation_mode(model), chosen_matmul():
+        yield
 
 
 @contextmanager
@@ -114,7 +141,7 @@ def _gradient_precision(model: nn.Module, precision: PrecisionSettings) -> Itera
     if precision.runtime_dtype == "float64":
         context = float64_evaluation(model)
     else:
-        context = evaluation(model) if chosen.grads_fp32 else evaluation_mode(model)
+        context = evaluation(model) if chosen.grads_fp32 else _own_dtypes(model)
     device = next(model.parameters()).device.type
     with context, torch.autocast(device, dtype=getattr(torch, chosen.amp_dtype), enabled=chosen.use_amp):
         yield

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig
 
-from entropy_pl.policy.backbones import locate_backbone
-from entropy_pl.policy.load import Policy, load_policy_from
+from entropy_pl.policy.backbones import ModelLocation, locate_backbone
+from entropy_pl.policy.load import Policy, load_config, load_policy_from
 from entropy_pl.policy.settings import Dtype, LoraSettings, PolicySettings, Quantization
 from entropy_pl.policy.stored import StoredCheckpoint, one_optimizer, optimizer_near, read_checkpoint, read_optimizer
-from entropy_pl.policy.weights import check_lora, copy_weights, match_weights
+from entropy_pl.policy.weights import check_lora, check_scaling, copy_weights, match_weights
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
 # Of a model's config.json: what has no part in its logits.
@@ -32,6 +33,8 @@ _NOT_THE_MODEL = frozenset(
         "bos_token_id",
     )
 )
+# What of a PEFT adapter's settings has a part in the scale of its update.
+_SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +43,7 @@ class Checkpoint:
 
     Args:
         policy: model and tokenizer; in training mode, trainable as it was in training.
-        optimizer: the optimizer's raw ``state_dict()``, on the CPU; None where none was saved.
+        optimizer: the optimizer's raw ``state_dict()``, on the CPU; None where none was saved, or none asked for.
         path: where it was read from.
     """
 
@@ -53,6 +56,7 @@ def load_checkpoint(
     checkpoint_path: str | Path,
     *,
     optimizer_path: str | Path | None = None,
+    optimizer: bool = True,
     backbone: str | None = None,
     lora: LoraSettings | None = None,
     dtype: Dtype | None = None,
@@ -79,38 +83,36 @@ def load_checkpoint(
         optimizer_path: a torch file with an optimizer's state dict (a Lightning checkpoint will do), or a folder with
             ``optimizer.pt``. None: the one in the checkpoint itself, else ``optimizer.pt`` in its folder or beside it,
             else none.
+        optimizer: False reads none at all, wherever it is.
         backbone: the base model: a folder, backbone key or hub name; instead of the one that the checkpoint names. To
             a whole model's folder without tokenizer it lends its own.
         lora: LoRA settings of the run; instead of those in the checkpoint, an adapter it was continued from included.
             (An adapter's folder has the last word on its own, as in ``load_policy``.)
         dtype: of the base weights. None: what the checkpoint says, else float32. Trained parameters that were saved in
-            float32 stay so.
+            float32 stay so: a whole model, or an adapter beside which modules are trained in full, is then loaded in
+            float32 altogether.
         quantization: ``"nf4"`` for 4-bit base weights. None: what the checkpoint says, else none.
         device_map: placement by accelerate; None loads to the CPU.
         attn_implementation: attention kernel. None: what the checkpoint says, else the model's default.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint, or a file of it is missing.
-        ValueError: if it is damaged or of no known kind, holds what only code could load, does not fit the base model
-            or the LoRA settings, or these are needed and not given.
+        ValueError: if it is damaged or of no known kind, holds what only code could load or names an attention kernel
+            of the hub, does not fit the base model or the LoRA settings, or these are needed and not given.
         OSError: if a hub name cannot be fetched.
     """
     path = Path(checkpoint_path).expanduser()
     stored = read_checkpoint(path)
     # First whatever fails at once: a large base model takes minutes.
-    if optimizer_path is not None:
-        optimizer: dict[str, Any] | None = read_optimizer(Path(optimizer_path).expanduser())
-    else:
-        near = None if stored.optimizers else optimizer_near(path)
-        optimizer = read_optimizer(near) if near else one_optimizer(stored.optimizers, path)
+    state = _optimizer(path, stored, optimizer_path) if optimizer else None
     given: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "attn_implementation": attn_implementation}
     given = {name: value for name, value in given.items() if value is not None} | {"device_map": device_map}
-    settings = _settings(path, stored, backbone, lora, given)
+    settings = _unrounded(_settings(path, stored, backbone, lora, given), stored)
 
     policy = load_policy_from(settings)
     if stored.kind == "file" or (stored.kind == "model" and settings.name == backbone):
         copy_weights(policy.model, match_weights(policy.model, stored.weights, source=str(path)))
-    return Checkpoint(policy, optimizer, path)
+    return Checkpoint(policy, state, path)
 
 
 def checkpoint_weights(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
@@ -122,23 +124,22 @@ def checkpoint_weights(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
         model: as ``load_checkpoint`` loaded it.
 
     Returns:
-        Trainable parameter's name → tensor of its shape and dtype, on the CPU.
+        Trainable parameter's name → tensor of its shape, in the dtype it was saved in, on the CPU. To subtract the two
+        points, take both to float64 first: a step is small beside what rounding either takes away.
+
+    Warns:
+        UserWarning: if an adapter says that it was trained on another base model.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint, or a file of it is missing.
-        ValueError: if it is damaged or of no known kind, or its weights are not this model's, frozen ones included.
+        ValueError: if it is damaged or of no known kind, its weights are not this model's, frozen ones included, or its
+            adapter scales them otherwise.
     """
     path = Path(path).expanduser()
     stored = read_checkpoint(path)
     found = match_weights(model, stored.weights, source=str(path))
-    alpha = _alpha(stored)
-    if alpha is not None and isinstance(model, PeftModel):
-        scaled_by = float(model.peft_config[model.active_adapter].lora_alpha)
-        if scaled_by != alpha:
-            raise ValueError(
-                f"expected a LoRA alpha of {scaled_by:g}, as the model's, in {path}, got {alpha:g}: the same weights "
-                "would be another policy there, so that the two are not two points of one run"
-            )
+    if isinstance(model, PeftModel):
+        _check_adapter(path, stored, model)
     parameters = dict(model.named_parameters())
     for name, weight in found.items():
         if not parameters[name].requires_grad and not _same_but_for_rounding(weight, parameters[name]):
@@ -146,7 +147,15 @@ def checkpoint_weights(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
                 f"expected the model's frozen parameters in {path} where it has them, got another {name}: the two are "
                 "not of one run"
             )
-    return {name: weight.to(parameters[name].dtype) for name, weight in found.items() if parameters[name].requires_grad}
+    return {name: weight for name, weight in found.items() if parameters[name].requires_grad}
+
+
+def _optimizer(path: Path, stored: StoredCheckpoint, optimizer_path: str | Path | None) -> dict[str, Any] | None:
+    """The raw state of the one optimizer: where it is said to be, else in the checkpoint, else beside it."""
+    if optimizer_path is not None:
+        return read_optimizer(Path(optimizer_path).expanduser())
+    near = None if stored.optimizers else optimizer_near(path)
+    return read_optimizer(near) if near else one_optimizer(stored.optimizers, path)
 
 
 def _settings(
@@ -157,7 +166,8 @@ def _settings(
         name = backbone or _named_base(path, stored.config.get("base_model_name_or_path"))
         return PolicySettings(name, adapter=str(path), lora=lora, **given)
     if stored.kind == "model":
-        return PolicySettings(_whole_model(path, backbone, lora), lora=None, **given)
+        name = _whole_model(path, backbone, lora, given.get("attn_implementation"))
+        return PolicySettings(name, lora=None, **given)
 
     if stored.policy is None:
         if backbone is None:
@@ -176,10 +186,22 @@ def _settings(
     return settings
 
 
+def _unrounded(settings: PolicySettings, stored: StoredCheckpoint) -> PolicySettings:
+    """The settings, with float32 in the place of a half dtype that would round what a folder's run trained in full.
+
+    All of the model, since none multiplies float32 by bfloat16. Adapters are float32 in any case, as is whatever is not
+    quantized under quantization; a file's weights are written into the model as they are (``copy_weights``).
+    """
+    in_full = [weight for name, weight in stored.weights.items() if "lora_" not in name and weight.is_floating_point()]
+    if stored.kind == "file" or settings.quantization or all(weight.dtype.itemsize <= 2 for weight in in_full):
+        return settings
+    return replace(settings, dtype="float32")
+
+
 def _named_base(path: Path, name: str | None) -> str:
     """The base model that a checkpoint names, if it can be found."""
     try:
-        if not name:
+        if not name or not isinstance(name, str):
             raise ValueError("no name at all")
         locate_backbone(name)
     except ValueError as error:
@@ -189,7 +211,7 @@ def _named_base(path: Path, name: str | None) -> str:
     return name
 
 
-def _whole_model(path: Path, backbone: str | None, lora: LoraSettings | None) -> str:
+def _whole_model(path: Path, backbone: str | None, lora: LoraSettings | None, attn_implementation: str | None) -> str:
     """The name to load a whole model by: its folder, or the backbone whose place it takes, for the tokenizer's sake."""
     if lora is not None:
         raise ValueError(
@@ -203,10 +225,12 @@ def _whole_model(path: Path, backbone: str | None, lora: LoraSettings | None) ->
             f"expected a tokenizer in {path}, found none: give the model it was trained from as backbone=, to take "
             "that one's, or save it there with tokenizer.save_pretrained"
         )
-    location = locate_backbone(backbone)
     of_folder, of_backbone = (
-        AutoConfig.from_pretrained(source, local_files_only=local).to_dict()
-        for source, local in ((str(path), True), (location.source, location.is_local))
+        load_config(location, name, attn_implementation).to_dict()
+        for location, name in (
+            (ModelLocation(str(path), is_local=True), str(path)),
+            (locate_backbone(backbone), backbone),
+        )
     )
     differing = sorted(
         key
@@ -245,14 +269,35 @@ def _saved_settings(path: Path, saved: dict[str, Any], given: dict[str, Any]) ->
         ) from error
 
 
-def _alpha(stored: StoredCheckpoint) -> float | None:
-    """LoRA's alpha, where the checkpoint tells it."""
+def _check_adapter(path: Path, stored: StoredCheckpoint, model: PeftModel) -> None:
+    """Compare what a checkpoint says of its adapter with the model's.
+
+    Raises:
+        ValueError: if it scales its weights otherwise, or says something else than an adapter's settings.
+    """
+    trained_on, base = stored.config.get("base_model_name_or_path"), model.get_base_model().name_or_path
+    if isinstance(trained_on, str) and trained_on and base and Path(trained_on).name != Path(base).name:
+        warnings.warn(
+            f"the adapter in {path} says it was trained on {trained_on!r}, and is compared with one on {base!r}: if "
+            "these are not the same weights, the two are not two points of one run",
+            stacklevel=3,
+        )
+    try:
+        lora = _told_lora(stored)
+        if lora is not None:
+            check_scaling(model, lora, str(path))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, re.error) as error:
+        raise ValueError(f"expected the settings of a LoRA adapter in {path}, got others: {error}") from error
+
+
+def _told_lora(stored: StoredCheckpoint) -> LoraConfig | None:
+    """The LoRA settings that a checkpoint tells of itself; None where it tells none."""
+    if stored.kind == "adapter":
+        return LoraConfig(**{name: stored.config[name] for name in _SCALING if stored.config.get(name) is not None})
     settings = stored.policy or {}
-    if stored.kind == "file" and settings.get("adapter") is None:
-        alpha = (settings.get("lora") or {}).get("alpha")
-    else:
-        alpha = stored.config.get("lora_alpha")
-    return None if alpha is None else float(alpha)
+    lora = settings.get("lora")
+    # Beside an adapter that the run was continued from, they have no effect.
+    return None if lora is None or settings.get("adapter") else LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"])
 
 
 def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,10 +15,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers import __version__ as transformers_version
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from entropy_pl.policy.adapter import attach_lora, resume_adapter, trainable_parameters
@@ -58,6 +62,8 @@ def load_policy(
         with reference_policy(model):
             ...
 
+    Code that comes with a model is never executed, and an attention kernel of the hub only if it is asked for here.
+
     Args:
         name: a model folder, a backbone key (see ``available_backbones``), or a hub name ``owner/repository``.
         adapter: folder of a PEFT adapter to go on training.
@@ -71,7 +77,7 @@ def load_policy(
 
     Raises:
         ValueError: if the name means nothing, settings exclude each other, weights or tokens are missing, the adapter
-            does not fit, or nothing would be trainable.
+            does not fit, nothing would be trainable, or the model needs code of its own or names a hub's kernel.
         OSError: if a hub name cannot be fetched.
         ImportError: if quantization is asked for without bitsandbytes.
     """
@@ -80,10 +86,11 @@ def load_policy(
     quantization_config = _nf4_config(compute_dtype) if quantization else None
     location = locate_backbone(name)
 
-    _check_reachable(location, name)
+    config = load_config(location, name, attn_implementation)
     tokenizer = _load_tokenizer(location)
     model = _load_base_model(
         location,
+        config=config,
         dtype=compute_dtype,
         device_map=device_map,
         attn_implementation=attn_implementation,
@@ -135,13 +142,27 @@ def _nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _check_reachable(location: ModelLocation, name: str) -> None:
-    """Fetch the smallest file of a hub model first, so that an unreachable hub is said once and plainly."""
-    if location.is_local:
-        return
+def load_config(location: ModelLocation, name: str, attn_implementation: str | None = None) -> PreTrainedConfig:
+    """A model's configuration: its smallest file, so that an unreachable hub is said once and plainly.
+
+    Args:
+        location: of the model.
+        name: by which it was asked for, for messages.
+        attn_implementation: attention kernel asked for; None: the configuration's may be none of the hub's.
+
+    Raises:
+        ValueError: if loading the model would execute code that comes with it or that it names.
+        OSError: if it cannot be fetched.
+    """
     try:
-        AutoConfig.from_pretrained(location.source)
+        content, _ = PreTrainedConfig.get_config_dict(location.source, local_files_only=location.is_local)
+        _refuse_code(location.source, content, attn_implementation)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            location.source, local_files_only=location.is_local, trust_remote_code=False
+        )
     except OSError as error:
+        if location.is_local:
+            raise
         asked = "" if name == location.source else f" (backbone key {name!r})"
         reason = str(error).strip().splitlines()[0]
         raise OSError(
@@ -149,12 +170,47 @@ def _check_reachable(location: ModelLocation, name: str) -> None:
             f"fetched (there is no folder of that name either): {reason} "
             "Give a local model folder as the policy's name, or check the name, the network and the access rights"
         ) from error
+    return config
+
+
+def _refuse_code(source: str, content: Mapping[str, Any], attn_implementation: str | None) -> None:
+    """Refuse a configuration with which Transformers would execute a stranger's code, or ask whether to.
+
+    Of an architecture that Transformers has itself, it takes its own classes, whatever else ``auto_map`` names.
+    """
+    if content.get("auto_map") and str(content.get("model_type")) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"expected a causal language model that Transformers {transformers_version} has itself in {source}, got "
+            f"{content.get('model_type')!r} with code of its own (auto_map: {content['auto_map']}), which is not "
+            "executed: give a model of another architecture, or install a version of Transformers that has this one"
+        )
+    kernel = next(_hub_kernels(content), None)
+    if kernel is not None and attn_implementation is None:
+        raise ValueError(
+            f"expected the name of a built-in attention kernel in {source} (config.json), got {kernel!r}, which would "
+            "be fetched and executed: give attn_implementation= ('sdpa', 'eager'; or that one, if you trust it)"
+        )
+
+
+def _hub_kernels(content: Any, of_attention: bool = False) -> Iterator[str]:
+    """The hub's kernels (``owner/repository``) among a configuration's attention kernels, those of its parts too."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _hub_kernels(value, of_attention or "attn_implementation" in key)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _hub_kernels(value, of_attention)
+    elif of_attention and "/" in str(content):
+        yield str(content)
 
 
 def _load_base_model(location: ModelLocation, **options: object) -> PreTrainedModel:
+    # The configuration is among the options: where Transformers reads it itself, a kernel that it names can win over
+    # the one asked for.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         location.source,
         local_files_only=location.is_local,
+        trust_remote_code=False,
         output_loading_info=True,
         **{key: value for key, value in options.items() if value is not None},
     )
@@ -175,7 +231,11 @@ def _load_tokenizer(location: ModelLocation) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if there is no tokenizer, or it has neither a pad nor an EOS token.
     """
-    options: dict[str, Any] = {"padding_side": "left", "local_files_only": location.is_local}
+    options: dict[str, Any] = {
+        "padding_side": "left",
+        "local_files_only": location.is_local,
+        "trust_remote_code": False,
+    }
     # AutoTokenizer puts the architecture's own splitting rules and special tokens in the place of a tokenizer that was
     # saved as a plain fast one (a Qwen2 model with a tokenizer of its own): take such a tokenizer as it was saved.
     saved_as = get_tokenizer_config(location.source, local_files_only=location.is_local).get("tokenizer_class")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -24,7 +23,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     Quantized layers keep their weights and compute in float32. Entering it again inside costs nothing but a walk over
     the modules.
     """
-    with evaluation_mode(model), _without_autocast(model), _chosen_matmul(), _at_least(model, torch.float32):
+    with evaluation_mode(model), _without_autocast(model), chosen_matmul(), _at_least(model, torch.float32):
         yield
 
 
@@ -119,27 +118,18 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def matmul_precision(precision: MatmulPrecision = "highest", allow_tf32: bool = False) -> Iterator[None]:
-    """How the probe's float32 products are computed inside the block; elsewhere they are exact float32.
-
-    Nothing is set yet: every `evaluation` inside sets it for itself, and puts back what it found.
+def matmul_precision(precision: MatmulPrecision) -> Iterator[None]:
+    """How float32 products are computed by every `evaluation` inside the block; elsewhere it is exact float32.
 
     Args:
         precision: `highest`, or `high` (TF32) or `medium` (bfloat16 inside), as in
             ``torch.set_float32_matmul_precision``.
-        allow_tf32: whether anything but `highest` is meant. False wins over ``precision``, with a warning.
 
     Raises:
         ValueError: for another precision.
     """
     if precision not in get_args(MatmulPrecision):
         raise ValueError(f"expected matmul_precision out of {get_args(MatmulPrecision)}, got {precision!r}")
-    if precision != "highest" and not allow_tf32:
-        warnings.warn(
-            f"matmul_precision: {precision} would turn TF32 on, and allow_tf32: false forbids it: products are float32",
-            stacklevel=3,
-        )
-        precision = "highest"
     token = _MATMUL_PRECISION.set(precision)
     try:
         yield
@@ -148,8 +138,8 @@ def matmul_precision(precision: MatmulPrecision = "highest", allow_tf32: bool = 
 
 
 @contextmanager
-def _chosen_matmul() -> Iterator[None]:
-    """No TF32 and no bfloat16 inside float32 products, unless `matmul_precision` chose them."""
+def chosen_matmul() -> Iterator[None]:
+    """No TF32 and no bfloat16 inside float32 products, unless `matmul_precision` chose them; put back on leaving."""
     wanted = _MATMUL_PRECISION.get()
     # The switch of each backend, where PyTorch has them (2.9): the old, common one raises once these were used.
     switches = [b.matmul for b in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(b, "matmul")]

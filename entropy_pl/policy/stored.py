@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 import torch
@@ -34,7 +34,7 @@ class StoredCheckpoint:
     Args:
         kind: a folder with a PEFT ``adapter``, a folder with a whole Hugging Face ``model``, or a single ``file``.
         weights: the file's own names → tensors, on the CPU.
-        config: ``adapter_config.json`` of an adapter; empty otherwise.
+        config: ``adapter_config.json`` of an adapter, ``config.json`` of a model; empty otherwise.
         policy: fields of the `PolicySettings` that GRPOModule leaves in its checkpoints; None in other files.
         optimizers: raw state dicts of the optimizers in the same file.
     """
@@ -119,7 +119,8 @@ def _read_folder(folder: Path) -> StoredCheckpoint:
         config = _read_json(folder / "adapter_config.json")
         return StoredCheckpoint("adapter", _read_parts(folder, "adapter_model"), config=config)
     if (folder / "config.json").is_file():
-        return StoredCheckpoint("model", _read_parts(folder, "model", "pytorch_model"))
+        config = _read_json(folder / "config.json")
+        return StoredCheckpoint("model", _read_parts(folder, "model", "pytorch_model"), config=config)
     raise ValueError(
         f"expected a folder with a PEFT adapter (adapter_config.json) or a Hugging Face model (config.json), or a file "
         f"(.ckpt, .pt, .safetensors), got {folder} with neither of the two: {_entries(folder)}"
@@ -135,11 +136,24 @@ def _read_parts(folder: Path, *stems: str) -> dict[str, Tensor]:
             if file.is_file():
                 return _read_part(file)
             if index.is_file():
-                shards = sorted(set(_read_json(index)["weight_map"].values()))
-                return {name: weight for shard in shards for name, weight in _read_part(folder / shard).items()}
+                return {name: weight for shard in _shards(index) for name, weight in _read_part(shard).items()}
     raise FileNotFoundError(
         f"expected weights in {folder} ({stems[0]}.safetensors), found none: {_entries(folder)}. Was it saved in full?"
     )
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index lists; they lie beside it, since a name with a folder in it could lead anywhere."""
+    listed = _read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise _damaged(index, ValueError("it has no weight_map of parameter names to file names"))
+    names = sorted(set(listed.values()))
+    elsewhere = [name for name in names if name in ("", "..") or PureWindowsPath(name).name != name]
+    if elsewhere:
+        raise ValueError(
+            f"expected the names of files beside it in {index}, got {elsewhere[0]!r}: keep all shards in one folder"
+        )
+    return [index.parent / name for name in names]
 
 
 def _read_part(file: Path) -> dict[str, Tensor]:
@@ -182,9 +196,11 @@ def _read_torch(file: Path) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
         raise _damaged(file, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(file, ValueError(f"a JSON {type(content).__name__}, not an object"))
     return content
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from entropy_pl.policy.adapter import trainable_parameters
@@ -135,6 +139,38 @@ def check_lora(expected: set[int], weights: Mapping[str, Tensor], source: str) -
         f"{', '.join(layers)}: load the model with lora=LoraSettings(rank={max(ranks)}, alpha=..., target_modules=...) "
         "as in training (the weights do not tell alpha), and compare checkpoints of one kind only"
     )
+
+
+def check_scaling(model: PeftModel, lora: LoraConfig, source: str) -> None:
+    """Refuse an adapter that scales its layers otherwise than the model's: the same weights are another policy there.
+
+    Args:
+        model: with an adapter on the same layers.
+        lora: settings the other adapter was saved with.
+        source: of it, for messages.
+
+    Raises:
+        ValueError: naming a layer and both scales.
+    """
+    adapter = model.active_adapter
+    # By PEFT's own names, without its prefix: patterns may be anchored.
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
+            continue
+        rank = lora.rank_pattern.get(get_pattern_key(lora.rank_pattern, name), lora.r)
+        alpha = lora.alpha_pattern.get(get_pattern_key(lora.alpha_pattern, name), lora.lora_alpha)
+        scale = alpha / (math.sqrt(rank) if lora.use_rslora else rank)
+        here, dora = layer.scaling[adapter], model.peft_config[adapter].use_dora
+        if not math.isclose(scale, here) or lora.use_dora != dora:
+            raise ValueError(
+                f"expected {_scaled(here, dora)} on {name}, as in the model, in {source}, got "
+                f"{_scaled(scale, lora.use_dora)}: the same weights would be another policy there, so that the two are "
+                "not two points of one run"
+            )
+
+
+def _scaled(scale: float, dora: bool) -> str:
+    return f"{'DoRA' if dora else 'LoRA'} scaled by {scale:g}"
 
 
 def _plain(name: str) -> str:

@@ -42,10 +42,12 @@ RECORDED_SETTINGS = (
     "weighting",
     "integrand",
     "baseline",
+    "gae_lambda",
     "clip_log_weight",
     "confidence",
     "temperature",
     "precision",
+    "entropy_dtype",
 )
 
 
@@ -62,11 +64,10 @@ class EntropyProbe:
         weighting: ``prefix`` (less variance) or ``sequence`` (classical SNIS).
         integrand: ``rao_blackwell`` or ``surprisal``.
         baseline: what is subtracted from the score term, in δH₁ and in ΔH alike: ``none``, ``position``, ``critic``
-            (one more pass over E), or ``gae`` (least variance, biased by the critic's error; its error bars come from a
-            jackknife that fits the critic anew, since the influences leave out the noise of the fit).
+            (one more pass over E), or ``gae`` (least variance, biased by the critic's error; its error bars hold the
+            noise of the critic's fit, by a jackknife that fits it anew: the influences leave it out).
         gae_lambda: λ of ``gae``; 1 is the critic, unbiased.
-        jackknife_groups: of that jackknife: error bars are good to one part in √(2·groups); 0 leaves the critic's noise
-            out, and the error bars of ``gae`` too short.
+        jackknife_groups: of that jackknife; 0 leaves the critic's noise out, and the error bars of ``gae`` too short.
         clip_log_weight: bound on the absolute log weight; None leaves the estimate unbiased to O(1/N).
         confidence: of every interval.
         temperature: of the sampling distribution E was drawn from.
@@ -115,6 +116,11 @@ class EntropyProbe:
                 raise ValueError(f"expected {name} to be one of {get_args(options)}, got {getattr(self, name)!r}")
         if not 0 < self.confidence < 1:
             raise ValueError(f"expected a confidence between 0 and 1, such as 0.95, got {self.confidence}")
+        if self.baseline != "none" and self.clip_log_weight is not None:
+            raise ValueError(
+                f"expected clip_log_weight: None with baseline {self.baseline!r}, got {self.clip_log_weight}: a "
+                "baseline takes from ΔH and δH₁ the noise they share, and clipped weights do not share it"
+            )
         if not 0 <= self.gae_lambda <= 1:
             raise ValueError(f"expected gae_lambda between 0 and 1, got {self.gae_lambda}")
         if self.jackknife_groups < 0 or self.jackknife_groups == 1:
@@ -216,13 +222,14 @@ class EntropyProbe:
         shared = {"normalize": self.normalize, "integrand": self.integrand, **error_bar}
         options = {**shared, "weighting": self.weighting}
         matched = first_order_delta_entropy(scores.base, scores.tangent, **options)
-        first = self._first_order(scores, options)
-        fit_variance = self._fit_variance(scores, first, options)
+        baseline = self._baseline_of(scores)
+        fit_variance = self._fit_variance(scores, baseline, options)
+        first = first_order_delta_entropy(scores.base, scores.tangent, baseline=baseline, **options)
         first = _less_certain(first, fit_variance)
         sweep = []
         for eta, shifted in scores.shifted.items():
             true = snis_delta_entropy(scores.base, shifted, clip_log_weight=self.clip_log_weight, **options)
-            if self.baseline != "none":
+            if baseline is not None:
                 true = low_variance_delta_entropy(true, matched, first, eta, **error_bar)
             true = _less_certain(true, eta**2 * fit_variance)
             sweep.append(SweepPoint(eta, eta == update.lr, true, first.scaled(eta)))
@@ -273,9 +280,8 @@ class EntropyProbe:
             tangent = replace(tangent, second=differences.second, step=differences.step)
         return tangent
 
-    def _first_order(self, scores: ProbeScores, options: dict[str, Any]) -> EntropyChange:
-        """δH₁ per unit η, less the baseline's part of the noise."""
-        baseline = score_baseline(
+    def _baseline_of(self, scores: ProbeScores) -> Tensor | None:
+        return score_baseline(
             self.baseline,
             scores.base,
             features=scores.features,
@@ -285,21 +291,27 @@ class EntropyProbe:
             integrand=self.integrand,
             clusters=scores.clusters,
         )
-        return first_order_delta_entropy(scores.base, scores.tangent, baseline=baseline, **options)
 
-    def _fit_variance(self, scores: ProbeScores, first: EntropyChange, options: dict[str, Any]) -> float:
-        """Variance of δH₁ per unit η that its influences leave out: the noise of gae's critic, which moves it."""
-        if self.baseline != "gae" or self.gae_lambda == 1 or not self.jackknife_groups:
+    def _fit_variance(self, scores: ProbeScores, baseline: Tensor | None, options: dict[str, Any]) -> float:
+        """Variance of δH₁ per unit η that its influences leave out: the noise of gae's critic, which moves it.
+
+        Two jackknives over the same groups, with the critic fitted anew and with its baseline as it is: their own
+        noise, which a comparison with the influences would take for the critic's, cancels.
+        """
+        if baseline is None or self.baseline != "gae" or self.gae_lambda == 1 or not self.jackknife_groups:
             return 0.0
 
-        def estimate(rows: Tensor) -> float:
-            part = scores.select(rows)
-            return self._first_order(part, {**options, "clusters": part.clusters}).value
+        def variance(anew: bool) -> float:
+            def estimate(rows: Tensor) -> float:
+                part = scores.select(rows)
+                subtracted = self._baseline_of(part) if anew else baseline[rows]
+                of_part = {**options, "clusters": part.clusters, "baseline": subtracted}
+                return first_order_delta_entropy(part.base, part.tangent, **of_part).value
 
-        jackknife = jackknife_standard_error(
-            estimate, len(scores), clusters=scores.clusters, groups=self.jackknife_groups
-        )
-        return max(jackknife**2 - first.stderr**2, 0.0)
+            groups = self.jackknife_groups
+            return jackknife_standard_error(estimate, len(scores), clusters=scores.clusters, groups=groups) ** 2
+
+        return max(variance(anew=True) - variance(anew=False), 0.0)
 
 
 def _less_certain(estimate: EntropyChange, variance: float) -> EntropyChange:

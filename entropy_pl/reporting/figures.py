@@ -101,10 +101,11 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
         A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
     """
     sweep = [point for point in record.get("sweep") or () if math.isfinite(number(point, "eta"))]
-    step = record.get("step", "?")
+    offline = record.get("kind") == "measurement"
+    step = "update" if record.get("step") is None else f"optimizer step {record['step']}"
     if record.get("status", "ok") != "ok" or not sweep:
         reason = ": ".join(str(record[key]) for key in ("status", "message") if record.get(key))
-        return _empty_figure(f"step {step}: no η-sweep to draw ({reason or 'no points'})")
+        return _empty_figure(f"{step}: no η-sweep to draw ({reason or 'no points'})")
 
     etas = _column(sweep, "eta")
     per_eta = bool(etas.min() > 0 and etas.max() >= WIDE * etas.min())
@@ -118,7 +119,7 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
     else:
         grid = np.linspace(min(0.0, etas.min()), max(0.0, etas.max()), 201)
     handles += _predictions(axes, grid, record, per_eta)
-    title, eta_star = f"optimizer step {step}", number(record, "eta_star")
+    title, eta_star = step, number(record, "eta_star")
     if math.isfinite(eta_star):
         title += rf",  $\eta^*$ = {scientific(eta_star)}"
     if grid[0] <= eta_star <= grid[-1]:
@@ -126,7 +127,7 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
     for eta, point in zip(etas, sweep, strict=True):
         if point.get("taken"):
             value = number(point.get("true"), "value") / (eta if per_eta else 1)
-            label = rf"step taken, $\eta$ = {scientific(eta)}"
+            label = rf"{'one step' if offline else 'step taken'}, $\eta$ = {scientific(eta)}"
             handles += axes.plot(
                 eta, value, "o", markersize=13, markerfacecolor="none", markeredgecolor="black", zorder=5, label=label
             )

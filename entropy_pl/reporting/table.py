@@ -56,13 +56,14 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
     )
     for name in ("η", "ΔH ± SE", "δH₁ ± SE", "ΔH/δH₁ − 1", "ESS"):
         table.add_column(name, justify="right", no_wrap=True)
+    mark = " (one step)" if record.get("kind") == "measurement" else " (taken)"
     for point in record.get("sweep") or ():
         true, first_order = point.get("true"), point.get("first_order")
         value, predicted = number(true, "value"), number(first_order, "value")
         excess = value / predicted - 1 if predicted else math.nan
         ess = number(true, "ess")
         table.add_row(
-            f"{number(point, 'eta'):.3g}{' (taken)' if point.get('taken') else ''}",
+            f"{number(point, 'eta'):.3g}{mark if point.get('taken') else ''}",
             with_error(value, number(true, "stderr")),
             with_error(predicted, number(first_order, "stderr")),
             DASH if math.isnan(excess) else f"{excess:+.2e}",

@@ -286,13 +286,15 @@ def _report(
         "the estimates among subsets. Where the three agree, the error bar can be trusted.",
     )
     coverage = table[(table["quantity"] == "delta_h1") | (table["eta"] == eta)].dropna(subset="coverage")
+    coverage = coverage[coverage["n"] == coverage["n"].min()]
     if len(coverage):
         report.show(
             coverage[
                 ["option", "quantity", "n", "n_subsets", "jackknife_to_influence", "coverage", "coverage_uncorrected"]
             ],
             "Do the intervals cover?",
-            f"From `table.csv`, N ≤ half the pool, ΔH at η = {eta:g}; nominal is {settings.estimator.confidence:g}.",
+            f"From `table.csv`, its smallest N, where subsets are most; ΔH at η = {eta:g}; nominal is "
+            f"{settings.estimator.confidence:g}.",
         )
     times = "\n".join(
         f"* `{name}`: {folder.seconds([cell, *(parts[key] for key in parts if key[0] == name)]):.1f} s"

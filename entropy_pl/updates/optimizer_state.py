@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -72,29 +72,33 @@ def match_optimizer_state(
        ``named_parameters()``), or a full FSDP/DCP state, keyed by name. Names may differ by what wrappers put in
        (:func:`~entropy_pl.updates.names.unwrapped`) and by one leading path. Names decide: where they disagree, no
        other rule is tried.
-    2. By position: as many entries as parameters, every known shape that of the parameter at its place. Entries of
-       one shape that were given to the optimizer in another order cannot be told from this.
-    3. By shape: the k-th entry of a shape, in the groups' order, is the k-th parameter of that shape. This is what
-       decay and no-decay groups (Hugging Face's Trainer) need. A shape must not lie in two groups.
+    2. By position, where all is in one group: as many entries as parameters, every known shape that of the parameter
+       at its place. Entries of one shape that were given to the optimizer in another order cannot be told from this.
+    3. By shape: a shape tells the group, and the k-th entry of a shape there is the k-th parameter of that shape. This
+       is what decay and no-decay groups (Hugging Face's Trainer) need. A shape must not lie in two groups, whatever
+       their hyper-parameters: layer-wise learning rates may have been given from the first layer up or from the last
+       one down.
 
-    Parameters that never had a gradient have no moments, hence no known shape: 2 takes them if they are all in one
-    group (or, where nothing has moments, in groups of the same hyper-parameters), 3 if only one shape is left for
-    them. If there are more entries than parameters, those without moments are frozen parameters that the optimizer
-    was given too, and are left out.
+    Parameters that never had a gradient have no moments, hence no known shape. They are taken if they are all in one
+    group, where the shapes that are left are theirs: by their positions there, or all of one shape. Where nothing has
+    moments, groups of the same hyper-parameters are as good as one. If there are more entries than parameters, those
+    without moments are frozen parameters that the optimizer was given too, and are left out.
 
     Args:
         saved: ``state_dict()`` of Adam or AdamW. No moments at all (no step taken yet) is Adam's start, t = 0.
         parameters: the model's trainable parameters by name, in the order of ``named_parameters()``.
-        decoupled: whether decay is decoupled in groups that do not say (torch < 2.7): AdamW's True if None; False for
-            Adam.
+        decoupled: whether decay is decoupled, AdamW's True or Adam's False. None: as the groups say, AdamW's where they
+            do not (torch < 2.7).
 
     Raises:
-        ValueError: if there is no such state, it is not Adam's, it does not match, or a moment is not finite.
+        ValueError: if there is no such state, it is not Adam's, it does not match or could match in several ways, a
+            group contradicts ``decoupled``, or a moment is not finite.
     """
     groups, entries = _read(saved)
     for entry in entries:
         _check_adam(entry.state, groups[entry.group])
     settings = [AdamSettings.of(group, decoupled=decoupled is not False) for group in groups]
+    _check_decay(settings, decoupled)
     matched_by: Literal["name", "position", "shape"]
     if entries and all(entry.name is not None for entry in entries):
         matched_by, found = "name", _by_name(entries, parameters)
@@ -150,6 +154,14 @@ def _check_adam(state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
     )
 
 
+def _check_decay(settings: Sequence[AdamSettings], decoupled: bool | None) -> None:
+    if decoupled is not None and any(group.decoupled_weight_decay != decoupled for group in settings):
+        raise ValueError(
+            f"expected the weight decay of the file's groups, decoupled_weight_decay={not decoupled}, got "
+            f"decoupled={decoupled}: leave it out (None), it is for files that do not say"
+        )
+
+
 def _by_name(entries: Sequence[_Entry], parameters: Mapping[str, Tensor]) -> dict[str, _Entry] | None:
     for form in (str, _bare):
         ours = {form(name): name for name in parameters}
@@ -185,35 +197,60 @@ def _leading_paths(name: str, others: Iterable[str]) -> Iterable[tuple[str, str]
 def _by_position(
     entries: Sequence[_Entry], parameters: Mapping[str, Tensor], settings: Sequence[AdamSettings]
 ) -> dict[str, _Entry] | None:
-    if len(entries) != len(parameters):
+    # Groups come in any order. Nothing hangs on it where there are no moments and the hyper-parameters are the same.
+    fresh = not any(entry.state for entry in entries)
+    if len({settings[entry.group] if fresh else entry.group for entry in entries}) > 1:
         return None
-    if any(e.shape not in (None, p.shape) for e, p in zip(entries, parameters.values(), strict=True)):
-        return None
-    # Without a shape to hold it in its place, an entry may as well be another group's (decay and no-decay).
-    unknown = [entry for entry in entries if entry.shape is None]
-    of_unknown = [settings[e.group] if len(unknown) == len(entries) else e.group for e in unknown]
-    if len(set(of_unknown)) > 1:
-        return None
-    return dict(zip(parameters, entries, strict=True))
+    return _in_place(entries, parameters)
 
 
 def _by_shape(entries: Sequence[_Entry], parameters: Mapping[str, Tensor]) -> dict[str, _Entry] | None:
     wanted = Counter(parameter.shape for parameter in parameters.values())
-    left = wanted - Counter(entry.shape for entry in entries if entry.shape is not None)
-    if len(left) == 1:  # all that have no shape have this one
-        (shape,) = left
-        entries = [replace(entry, shape=shape) if entry.shape is None else entry for entry in entries]
-    if Counter(entry.shape for entry in entries) != wanted:
-        return None
-    groups_of_shape = {shape: {entry.group for entry in entries if entry.shape == shape} for shape in wanted}
-    if shared := [list(shape) for shape, groups in groups_of_shape.items() if len(groups) > 1]:
+    known = Counter(entry.shape for entry in entries if entry.shape is not None)
+    left = wanted - known
+    groups_left = {entry.group for entry in entries if entry.shape is None}
+    if len(entries) != len(parameters) or not known <= wanted or (len(left) > 1 and len(groups_left) > 1):
+        return None  # the last: which of these groups has which of these shapes
+    groups_of = {
+        shape: {entry.group for entry in entries if entry.shape == shape or (entry.shape is None and shape in left)}
+        for shape in wanted
+    }
+    if shared := [list(shape) for shape, groups in groups_of.items() if len(groups) > 1]:
         raise ValueError(
             f"expected the entries of one shape to lie in one group, got the shapes {_first(shared)} in several, so "
             "that their order among the model's parameters is not known: write the parameters' names into each "
             "group, group['param_names'], in the order of its group['params']"
         )
-    queues = {shape: iter([entry for entry in entries if entry.shape == shape]) for shape in wanted}
-    return {name: next(queues[parameter.shape]) for name, parameter in parameters.items()}
+    found: dict[str, _Entry] = {}
+    for group in {entry.group for entry in entries}:
+        of_group = [entry for entry in entries if entry.group == group]
+        theirs = {name: parameter for name, parameter in parameters.items() if group in groups_of[parameter.shape]}
+        matched = _in_place(of_group, theirs) or _in_place_of_shape(of_group, theirs)
+        if matched is None:
+            return None
+        found |= matched
+    return found
+
+
+def _in_place(entries: Sequence[_Entry], parameters: Mapping[str, Tensor]) -> dict[str, _Entry] | None:
+    """The k-th entry is the k-th parameter."""
+    if len(entries) != len(parameters):
+        return None
+    if any(e.shape not in (None, p.shape) for e, p in zip(entries, parameters.values(), strict=True)):
+        return None
+    return dict(zip(parameters, entries, strict=True))
+
+
+def _in_place_of_shape(entries: Sequence[_Entry], parameters: Mapping[str, Tensor]) -> dict[str, _Entry] | None:
+    """The k-th entry of a shape is the k-th parameter of it; as many of either, but for shapes that are not known."""
+    shapes = [parameter.shape for parameter in parameters.values()]
+    left = list(Counter(shapes) - Counter(entry.shape for entry in entries if entry.shape is not None))
+    if len(left) > 1:
+        return None
+    queues: dict[torch.Size, deque[_Entry]] = {shape: deque() for shape in shapes}
+    for entry in entries:
+        queues[left[0] if entry.shape is None else entry.shape].append(entry)
+    return {name: queues[parameter.shape].popleft() for name, parameter in parameters.items()}
 
 
 def _mismatch(entries: Sequence[_Entry], parameters: Mapping[str, Tensor]) -> NoReturn:

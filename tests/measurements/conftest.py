@@ -26,9 +26,17 @@ def letters_reward(completion: str, answer: str) -> float:
     return sum(c.isalpha() for c in completion) / max(1, len(completion))
 
 
+@register_reward("test_short")
+def short_reward(completion: str, answer: str) -> float:
+    """Another that differs."""
+    return 1 / (1 + len(completion))
+
+
 @register_dataset("test_questions", template="{question}")
 def load_questions(split: str, *, path: str | None, size: int | None, seed: int) -> list[PromptExample]:
     """Forty questions a split, in the tiny tokenizer's characters and of several lengths."""
+    if split not in ("train", "test"):
+        raise FileNotFoundError(f"expected the split train or test, got {split}")
     sign = "+" if split == "train" else "-"
     return [PromptExample(f"what is {i * i} {sign} {i}?", str(i)) for i in range(40)]
 

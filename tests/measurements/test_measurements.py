@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -17,6 +18,7 @@ from entropy_pl.measurements.batches import draw_u_batch, prompt_data
 from entropy_pl.measurements.update import u_gradient
 from entropy_pl.policy import trainable_parameters
 from entropy_pl.policy.precision import float64_evaluation
+from entropy_pl.policy.score import NonFiniteError
 from entropy_pl.reporting import read_records
 
 LR = 1e-2
@@ -287,35 +289,190 @@ class TestPrecisionOfTheGradient:
         return float((one - other).norm() / other.norm())
 
     def test_each_format_has_its_rounding(self, config):
-        """Relative to float64: float32 near 1e-6, autocast in bfloat16 (8 bits) near 1e-2, and not the same."""
+        """Relative to float64: float32 near 1e-6, bfloat16 (8 bits) near 1e-2, float16 (11 bits), scaled, between."""
         reference = self.gradient(config, runtime_dtype="float64")
         assert next(iter(reference.values())).dtype == torch.float64
         assert self.error(config, reference) < 1e-5
-        assert 1e-4 < self.error(config, reference, update_vector={"use_amp": True}) < 0.2
+        bfloat16 = self.error(config, reference, update_vector={"use_amp": True})
+        float16 = self.error(config, reference, update_vector={"use_amp": True, "amp_dtype": "float16"})
+        assert 1e-5 < float16 < bfloat16 / 2 < 0.1
 
-    def test_parameters_in_their_own_dtype(self, config):
-        gradient = self.gradient(config, update_vector={"grads_fp32": False})
-        assert {g.dtype for g in gradient.values()} == {torch.float32}  # an adapter's own
+    def test_the_loss_is_scaled_for_float16(self, config, monkeypatch):
+        """Without a scale the small of the gradient is lost; one too large overflows, and is halved until it fits."""
+        reference = self.gradient(config, runtime_dtype="float64")
+        amp = {"use_amp": True, "amp_dtype": "float16"}
+        scaled = self.error(config, reference, update_vector=amp)
+        monkeypatch.setattr("entropy_pl.measurements.update.LOSS_SCALE", 2.0**60)
+        assert self.error(config, reference, update_vector=amp) < 2 * scaled
+        monkeypatch.setattr("entropy_pl.measurements.update.LOSS_SCALE", 2.0**-14)
+        assert self.error(config, reference, update_vector=amp) > 2 * scaled
+
+    def test_parameters_in_their_own_dtype(self, config, tiny_policy_dir, tmp_path):
+        """A bfloat16 model's gradient is bfloat16's, unless it is to be float32."""
+        model = AutoModelForCausalLM.from_pretrained(tiny_policy_dir, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(tiny_policy_dir).save_pretrained(tmp_path)
+        whole = {"checkpoint_path": str(tmp_path), "after_checkpoint_path": "unused", "dtype": "bfloat16"}
+        seen = set()
+        for grads_fp32 in (True, False):
+            sections = config(checkpoint=whole, precision={"update_vector": {"grads_fp32": grads_fp32}})
+            measurement = EntropyMeasurements(sections)
+            policy, settings = measurement.checkpoint.policy, measurement.settings
+            training = replace(settings, checkpoint=replace(settings.checkpoint, after_checkpoint_path=None))
+            groups = draw_u_batch(policy, prompt_data(training), training)
+            gradient = u_gradient(policy.model, groups, settings)
+            seen.add((grads_fp32, *{g.dtype for g in gradient.values() if g is not None}))
+        assert seen == {(True, torch.float32), (False, torch.bfloat16)}
 
 
-def test_matmul_precision_is_set_and_put_back(config):
-    seen = set()
-    measurement = EntropyMeasurements(config(precision={"allow_tf32": True, "matmul_precision": "high"}))
+@pytest.mark.parametrize("grads_fp32", [True, False])
+@pytest.mark.parametrize(("allow_tf32", "products"), [(True, "high"), (False, "highest")])
+def test_matmul_precision_is_set_and_put_back(config, allow_tf32, products, grads_fp32):
+    """In every forward pass, U's included; false wins, with a warning, whatever the process had set."""
+    seen, before = set(), torch.get_float32_matmul_precision()
+    precision = {"allow_tf32": allow_tf32, "matmul_precision": "high", "update_vector": {"grads_fp32": grads_fp32}}
+    with contextlib.nullcontext() if allow_tf32 else pytest.warns(UserWarning, match="allow_tf32: false forbids it"):
+        measurement = EntropyMeasurements(config(precision=precision))
     measurement.checkpoint.policy.model.register_forward_pre_hook(
         lambda *_: seen.add(torch.get_float32_matmul_precision())
     )
-    before = torch.get_float32_matmul_precision()
-    measurement.run_experiments()
-    assert seen == {"high"}
-    assert torch.get_float32_matmul_precision() == before == "highest"
-
-
-def test_forbidding_tf32_wins(config):
-    seen = set()
-    measurement = EntropyMeasurements(config(precision={"allow_tf32": False, "matmul_precision": "high"}))
-    measurement.checkpoint.policy.model.register_forward_pre_hook(
-        lambda *_: seen.add(torch.get_float32_matmul_precision())
-    )
-    with pytest.warns(UserWarning, match="allow_tf32: false forbids it"):
+    torch.set_float32_matmul_precision("medium")
+    try:
         measurement.run_experiments()
-    assert seen == {"highest"}
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {products}
+
+
+SETTINGS = {
+    "generation": {"temperature": 0.7, "max_batch_tokens": 40},
+    "update": {
+        "rewards": ["test_letters", "test_short"],
+        "reward_weights": [0.3, 2.0],
+        "advantage": "leave_one_out",
+        "loss_type": "dapo",
+        "kl_coefficient": 0.3,
+        "max_grad_norm": None,
+        "lr": 3e-3,
+        "top_k": 20,
+    },
+}
+
+
+def test_every_setting_of_the_update_has_its_part(config, run_dir, tiny_policy_dir):
+    """Temperature, rewards and their weights, advantage, loss type, KL, micro-batches and lr, against a loop."""
+    measurement = EntropyMeasurements(config(**SETTINGS, precision={"runtime_dtype": "float64"}))
+    drawn, settings = measurement.draw(), measurement.settings
+    groups = draw_u_batch(measurement.checkpoint.policy, prompt_data(settings), settings)
+    expected_rewards = 0.3 * groups.reward_parts["test_letters"] + 2.0 * groups.reward_parts["test_short"]
+    assert torch.allclose(groups.rewards, expected_rewards)
+
+    model, _ = policy_by_hand(run_dir, tiny_policy_dir)
+    tokens = int(groups.rollout.completion_mask.sum())
+    with float64_evaluation(model):
+        loss = 0.0
+        for i in range(len(groups.rollout)):
+            others = [groups.rewards[j].double() for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i]
+            advantage = groups.rewards[i].double() - sum(others) / 3
+            prompt = groups.rollout.prompt_ids[i][groups.rollout.prompt_mask[i]]
+            completion = groups.rollout.completion_ids[i][groups.rollout.completion_mask[i]]
+            ids = torch.cat([prompt, completion])[None]
+
+            def logp():
+                logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.7  # noqa: B023
+                return torch.log_softmax(logits, -1).gather(1, completion[:, None])[:, 0]  # noqa: B023
+
+            with model.disable_adapter(), torch.no_grad():
+                reference = logp()
+            log_ratio = reference - logp()
+            k3 = log_ratio.exp() - log_ratio - 1
+            loss = loss + (-advantage * logp() + 0.3 * k3).sum() / tokens
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
+    ours = u_gradient(measurement.checkpoint.policy.model, groups, settings)
+    names = sorted(ours)
+    assert torch.allclose(flat(ours, names), flat(gradients, names), rtol=1e-9, atol=1e-12)
+    assert drawn.update.vector.lr == 3e-3
+    assert drawn.update.facts["gradient_scale"] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "normalize": "per_sequence",
+            "weighting": "sequence",
+            "use_simple_entropy_for_x": True,
+            "clip_log_weight": 0.01,
+        },
+        {"baseline": "gae", "gae_lambda": 0.5, "confidence": 0.5},
+        {"baseline": "position", "method": "forward_mode", "symmetric": True},
+    ],
+)
+def test_every_setting_of_the_estimator_has_its_part(config, options):
+    """YAML's words against an EntropyProbe put together by hand, at another temperature."""
+    sections = {"estimator": {"eta_list": [0.01], **options}, "generation": {"temperature": 0.7}}
+    measurement = EntropyMeasurements(config(**sections))
+    results, drawn = measurement.run_experiments(), measurement.draw()
+    by_hand = {key: value for key, value in options.items() if key != "use_simple_entropy_for_x"}
+    if "use_simple_entropy_for_x" in options:
+        by_hand["integrand"] = "surprisal"
+    probe = EntropyProbe(etas=[0.01], eta_multipliers=(), at_lr=False, temperature=0.7, **by_hand)
+    expected = probe.measure(measurement.checkpoint.policy.model, drawn.rollout, drawn.update.vector)
+    plain = EntropyProbe(etas=[0.01], eta_multipliers=(), at_lr=False)
+    other = plain.measure(measurement.checkpoint.policy.model, drawn.rollout, drawn.update.vector)
+    for point, true in zip(results["sweep"], expected.sweep, strict=True):
+        assert point["true"] == true.true.to_dict()
+        assert point["first_order"] == true.first_order.to_dict()
+    assert results["sweep"][-1]["deltaH_true"] != pytest.approx(other.sweep[-1].true.value, rel=1e-6)
+    assert results["method"] == ("forward_mode" if "method" in options else "central_difference")
+
+
+class TestNothingIsLost:
+    def test_a_folder_that_cannot_be_made(self, config, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        for sections in (
+            {"output_directory": str(tmp_path / "file")},
+            {"detailed_logging": {"enabled": True, "output_directory": str(tmp_path / "file")}},
+        ):
+            measurement = EntropyMeasurements(config(**sections))
+            with pytest.raises(OSError, match="expected a folder that can be written to"):
+                measurement.run_experiments()
+            assert "checkpoint" not in vars(measurement), "refused before anything was loaded"
+
+    def test_somebody_elses_config(self, config, tmp_path):
+        (tmp_path / "config.yaml").write_text("# mine")
+        with pytest.raises(ValueError, match=r"whose config\.yaml is a measurement's"):
+            EntropyMeasurements(config(output_directory=str(tmp_path))).run_experiments()
+        assert (tmp_path / "config.yaml").read_text() == "# mine"
+
+    def test_results_that_came_in_the_meantime(self, config, tmp_path, monkeypatch):
+        late = EntropyMeasurements(config(output_directory=str(tmp_path)))
+        draw = late.draw
+
+        def meanwhile(**options):
+            EntropyMeasurements(config(output_directory=str(tmp_path), seed=1)).run_experiments()
+            return draw(**options)
+
+        monkeypatch.setattr(late, "draw", meanwhile)
+        with pytest.raises(ValueError, match="without results of another config"):
+            late.run_experiments()
+        assert json.loads((tmp_path / "results.json").read_text())["seed"] == 1
+
+
+def test_a_pair_needs_nothing_of_an_optimizer(config, run_dir, tmp_path):
+    """Neither U's split nor a readable optimizer: runs of long ago have lost both."""
+    for name in ("step-5.ckpt", "step-6.ckpt"):
+        (tmp_path / name).write_bytes((run_dir / name).read_bytes())
+    (tmp_path / "optimizer.pt").write_text("garbage")
+    pair = {"checkpoint_path": str(tmp_path / "step-5.ckpt"), "after_checkpoint_path": str(tmp_path / "step-6.ckpt")}
+    bars = []
+    measurement = EntropyMeasurements(config(checkpoint=pair, batch_config={"U_split": "nowhere"}))
+    measurement.draw(on_pass=bars.append)
+    assert bars == ["loading", "update", "sampling E"]
+
+
+def test_a_step_too_long_is_said_so(config):
+    with pytest.raises(NonFiniteError, match="this step was too long"):
+        EntropyMeasurements(config(estimator={"eta_list": [1e300]})).run_experiments()

@@ -63,8 +63,19 @@ def test_numbers_as_pyyaml_leaves_them():
         ({"precision": {"update_vector": {"amp": True}}}, "unknown key 'precision.update_vector.amp'"),
         ({"detailed_logging": {"level": "all"}}, "expected one of minimal, standard, detailed, debug, got all"),
         ({"checkpoint": {"after_checkpoint_path": "y", "optimizer_path": "z"}}, "got both"),
+        ({"update": {"top_p": 5}}, "expected top_p above 0 and at most 1, got 5"),
+        ({"update": {"top_k": 0}}, "expected top_k of at least 1, got 0"),
+        ({"estimator": {"baseline": "critic", "clip_log_weight": 3}}, "expected clip_log_weight: None with baseline"),
+        (
+            {"checkpoint": {"quantization": "nf4"}, "precision": {"runtime_dtype": "float64"}},
+            "expected no checkpoint.quantization with runtime_dtype: float64",
+        ),
         ({"seed": -1}, "expected a seed of at least 0"),
         ({"seed": None}, "seed: expected int"),
+        ({"checkpoint": {"lora": {"rank": 0}}}, "expected a LoRA rank of at least 1, got 0"),
+        ({"checkpoint": {"lora": {"rank": "x"}}}, "checkpoint.lora.rank: expected int, got x"),
+        ({"update": {"max": 64}}, "unknown key 'update.max': expected one of update.loss_type, "),
+        ({"batch-config": {"B_E": 64}}, "unknown key 'batch-config.B_E'; did you mean 'batch_config.B_E'?"),
     ],
 )
 def test_wrong_configs_are_answered(section, message):

@@ -74,6 +74,12 @@ def named(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def edit_json(file: Path, **changes: Any) -> None:
+    """Other values in a JSON file; one of None is left out."""
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
 def assert_same_policy(loaded: Policy, saved: nn.Module) -> None:
     ours, theirs = (token_stats(model, ROLLOUT) for model in (loaded.model, saved))
     assert torch.equal(ours.logp, theirs.logp)
@@ -224,6 +230,27 @@ class TestModelFolder:
         (trainer_folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
         with pytest.raises(ValueError, match=r"backbone of the same configuration .* differs in rms_norm_eps"):
             load_checkpoint(trainer_folder, backbone=str(tiny_policy_dir))
+
+    def test_what_is_trained_stays_float32(self, full_run, trainer_folder, tiny_policy_dir):
+        assert_same_policy(load_checkpoint(trainer_folder, dtype="bfloat16").policy, full_run[0])
+        for file in trainer_folder.glob("tokenizer*"):
+            file.unlink()
+        of_backbone = load_checkpoint(trainer_folder, dtype="bfloat16", backbone=str(tiny_policy_dir))
+        assert_same_policy(of_backbone.policy, full_run[0])
+
+    def test_what_was_saved_in_bfloat16_may_stay_so(self, full_run, trainer_folder):
+        full_run[0].bfloat16().save_pretrained(trainer_folder)
+        loaded = load_checkpoint(trainer_folder, dtype="bfloat16").policy.model
+        assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+    def test_modules_trained_beside_lora_stay_float32(self, tiny_policy_dir, tmp_path, tiny_model_factory):
+        config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+        model = get_peft_model(tiny_model_factory(), config)
+        train(model)
+        model.save_pretrained(tmp_path / "a")
+        loaded = load_checkpoint(tmp_path / "a", backbone=str(tiny_policy_dir), dtype="bfloat16")
+        assert_same_policy(loaded.policy, model)
+        assert_weights(named(loaded.policy.model), model)
 
     def test_lora_settings_make_no_sense(self, trainer_folder):
         with pytest.raises(
@@ -472,6 +499,20 @@ class TestOptimizerFile:
         checkpoint = load_checkpoint(adapter, optimizer_path=tmp_path / "there")
         assert_same_optimizer(checkpoint.optimizer, run[1].state_dict())
 
+    def test_none_is_read_where_none_is_asked_for(self, run, adapter, tiny_policy_dir, tmp_path):
+        (adapter / "optimizer.pt").write_bytes(b"damaged")
+        with pytest.raises(ValueError, match=r"optimizer\.pt, which is damaged"):
+            load_checkpoint(adapter)
+        checkpoint = load_checkpoint(adapter, optimizer=False)
+        assert checkpoint.optimizer is None
+        assert_same_policy(checkpoint.policy, run[0])
+        assert load_checkpoint(adapter, optimizer=False, optimizer_path=tmp_path / "nowhere.pt").optimizer is None
+
+        model = load_policy(str(tiny_policy_dir), lora=LORA).model
+        fit_foreign(model, tmp_path / "two.ckpt", optimizers=2)
+        arguments = {"backbone": str(tiny_policy_dir), "lora": LORA}
+        assert load_checkpoint(tmp_path / "two.ckpt", optimizer=False, **arguments).optimizer is None
+
     def test_missing_or_something_else(self, adapter, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"expected a checkpoint at .*nowhere\.pt, and there is no such"):
             load_checkpoint(adapter, optimizer_path=tmp_path / "nowhere.pt")
@@ -516,6 +557,27 @@ class TestNothingIsExecuted:
         with pytest.raises(ValueError, match=r"got a pickled \w+\.mkdir"):
             load_checkpoint(tmp_path / "a.pt")
         assert not (tmp_path / "executed").exists()
+
+    @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+    def test_a_kernel_named_by_a_model(self, key, adapter, whole_model, tmp_path):
+        """Whether the checkpoint is that model, is an adapter on it, or takes its tokenizer."""
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(whole_model))
+        edit_json(whole_model / "config.json", **{key: "evil/kernel"})
+        bare = shutil.copytree(whole_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+        for path, backbone in ((whole_model, None), (adapter, None), (bare, str(whole_model))):
+            with pytest.raises(ValueError, match=r"built-in attention kernel in .*, got 'evil/kernel', which would"):
+                load_checkpoint(path, backbone=backbone)
+            model = load_checkpoint(path, backbone=backbone, attn_implementation="sdpa").policy.model
+            assert model.config._attn_implementation == "sdpa"
+
+    def test_code_that_comes_with_a_model(self, adapter, whole_model):
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(whole_model))
+        edit_json(whole_model / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Config"})
+        for path in (whole_model, adapter):
+            with pytest.raises(
+                ValueError, match=r"'evil' with code of its own \(auto_map: .*\), which is not executed"
+            ):
+                load_checkpoint(path)
 
     def test_hyper_parameters_of_a_foreign_module(self, tiny_policy_dir, tmp_path):
         model = load_policy(str(tiny_policy_dir), lora=LORA).model
@@ -567,6 +629,36 @@ class TestUnreadable:
         with pytest.raises(ValueError, match=r"adapter_config\.json, which is damaged"):
             load_checkpoint(adapter)
 
+    @pytest.mark.parametrize("content", ["[]", "5", '"x"', "null", "[" * 100_000])
+    def test_a_config_that_is_no_object(self, content, adapter, whole_model):
+        for file in (adapter / "adapter_config.json", whole_model / "config.json"):
+            file.write_text(content)
+            with pytest.raises(ValueError, match=rf"{file.name}, which is damaged or of another format"):
+                load_checkpoint(file.parent)
+
+    def test_a_base_model_that_is_no_name(self, adapter):
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path=[5])
+        with pytest.raises(ValueError, match=r"expected the base model that .* names .* got \[5\]: no name at all"):
+            load_checkpoint(adapter)
+
+    @pytest.mark.parametrize(
+        "content", [{}, [1], {"a": 5}, {"weight_map": [1]}, {"weight_map": None}, {"weight_map": {"w": 5}}]
+    )
+    def test_an_index_of_another_format(self, content, whole_model):
+        (whole_model / "model.safetensors").unlink()
+        (whole_model / "model.safetensors.index.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"index\.json, which is damaged or of another format"):
+            load_checkpoint(whole_model)
+
+    @pytest.mark.parametrize("name", ["../outside.safetensors", "{}/outside.safetensors", "a\\b.bin", "..", ".", ""])
+    def test_an_index_that_leads_elsewhere(self, name, whole_model, tmp_path):
+        name = name.format(tmp_path)
+        shutil.move(whole_model / "model.safetensors", tmp_path / "outside.safetensors")
+        weight_map = dict.fromkeys(load_file(tmp_path / "outside.safetensors"), name)
+        (whole_model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=r"expected the names of files beside it in .*index\.json, got"):
+            load_checkpoint(whole_model)
+
 
 def assert_weights(found: dict[str, Tensor], model: nn.Module) -> None:
     expected = named(model)
@@ -590,9 +682,30 @@ class TestPairs:
         full_run[0].save_pretrained(tmp_path / "later")
         assert_weights(checkpoint_weights(tmp_path / "later", loaded), full_run[0])
 
-    def test_dtype_is_the_models(self, trainer_folder, full_run):
-        loaded = load_checkpoint(trainer_folder, dtype="bfloat16").policy.model
-        assert_weights(checkpoint_weights(trainer_folder, loaded), full_run[0].bfloat16())
+    def test_dtype_is_the_files(self, trainer_folder, full_run, tmp_path):
+        """Whatever the model's."""
+        full_run[0].save_pretrained(tmp_path / "later")
+        full_run[0].bfloat16().save_pretrained(trainer_folder)
+        for dtype in ("float32", "bfloat16"):
+            model = load_checkpoint(trainer_folder, dtype=dtype).policy.model
+            saved = load_file(tmp_path / "later" / "model.safetensors")
+            for name, weight in checkpoint_weights(tmp_path / "later", model).items():
+                assert weight.dtype == torch.float32
+                assert torch.equal(weight, saved[name])
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_a_step_smaller_than_what_half_precision_rounds_away(self, dtype, whole_model, tmp_path):
+        before = load_file(whole_model / "model.safetensors")
+        later = {name: weight + 1e-5 * torch.randn_like(weight) for name, weight in before.items()}
+        shutil.copytree(whole_model, tmp_path / "later")
+        save_file(later, tmp_path / "later" / "model.safetensors", metadata={"format": "pt"})
+
+        model = load_checkpoint(whole_model, dtype=dtype).policy.model
+        theta, after = named(model), checkpoint_weights(tmp_path / "later", model)
+        assert theta.keys() == after.keys() == before.keys()
+        for name, weight in before.items():
+            v = after[name].double() - theta[name].double()
+            assert torch.equal(v, later[name].double() - weight.double())
 
     def test_of_two_kinds(self, adapter, whole_model):
         lora, full = (load_checkpoint(path).policy.model for path in (adapter, whole_model))
@@ -605,10 +718,76 @@ class TestPairs:
         ):
             checkpoint_weights(adapter, full)
 
-    def test_of_another_scale(self, adapter, tiny_policy_dir):
-        other = load_policy(str(tiny_policy_dir), lora=LoraSettings(4, 24, 0.0, LORA.target_modules)).model
-        with pytest.raises(ValueError, match=r"expected a LoRA alpha of 24, as the model's, .* got 12"):
-            checkpoint_weights(adapter, other)
+    @pytest.mark.parametrize(
+        ("changes", "here", "there"),
+        [
+            ({"lora_alpha": 24}, "LoRA scaled by 3", "LoRA scaled by 6"),
+            ({"r": 8}, "LoRA scaled by 3", "LoRA scaled by 1.5"),
+            ({"use_rslora": True}, "LoRA scaled by 3", "LoRA scaled by 6"),
+            ({"use_dora": True}, "LoRA scaled by 3", "DoRA scaled by 3"),
+            ({"lora_alpha": None}, "LoRA scaled by 3", "LoRA scaled by 2"),  # 8 is PEFT's default
+            ({"alpha_pattern": {"layers.1.mlp.down_proj": 4}}, "LoRA scaled by 3", "LoRA scaled by 1"),
+            ({"alpha_pattern": {r"^model\.layers\.\d+\.self_attn\.q_proj": 4}}, "LoRA scaled by 3", "LoRA scaled by 1"),
+            ({"rank_pattern": {"q_proj": 2}}, "LoRA scaled by 3", "LoRA scaled by 6"),
+        ],
+    )
+    def test_of_another_scale(self, changes, here, there, adapter, tmp_path):
+        model = load_checkpoint(adapter).policy.model
+        shutil.copytree(adapter, tmp_path / "other")
+        edit_json(tmp_path / "other" / "adapter_config.json", **changes)
+        with pytest.raises(
+            ValueError, match=rf"expected {here} on model\.layers\..* in .*other, got {there}: the same"
+        ):
+            checkpoint_weights(tmp_path / "other", model)
+
+    def test_of_the_same_scale_in_other_words(self, tmp_path, tiny_model_factory, tiny_policy_dir):
+        """Of the model it is the scale that counts, layer by layer: alpha / r = 3 on q_proj, 1.5 on down_proj."""
+        options = {"target_modules": LORA.target_modules, "task_type": "CAUSAL_LM"}
+        model = get_peft_model(
+            tiny_model_factory(), LoraConfig(r=4, lora_alpha=12, alpha_pattern={"down_proj": 6}, **options)
+        )
+        model.save_pretrained(tmp_path / "same")
+        edit_json(
+            tmp_path / "same" / "adapter_config.json",
+            **{
+                "lora_alpha": 6,
+                "alpha_pattern": {"q_proj": 6},
+                "r": 2,
+                "use_rslora": None,
+                "rank_pattern": {"down_proj": 4},
+            },
+        )
+        assert_weights(checkpoint_weights(tmp_path / "same", model), model)
+
+    def test_of_another_scale_than_grpo_modules(self, run, adapter, tiny_policy_dir, tmp_path):
+        """Its settings stand in the file; beside an adapter that the run was continued from they have no effect."""
+        model = load_checkpoint(adapter).policy.model
+        lora = {"rank": 4, "alpha": 24.0}
+        for policy in ({"lora": lora}, {"lora": lora, "adapter": "/gone"}, {"lora": lora | {"alpha": 12}}):
+            saved = {"name": str(tiny_policy_dir), **policy}
+            torch.save({"state_dict": named(run[0]), "policy": saved}, tmp_path / "run.ckpt")
+            if policy == {"lora": lora}:
+                with pytest.raises(ValueError, match=r"expected LoRA scaled by 3 .*run\.ckpt, got LoRA scaled by 6"):
+                    checkpoint_weights(tmp_path / "run.ckpt", model)
+            else:
+                assert_weights(checkpoint_weights(tmp_path / "run.ckpt", model), run[0])
+
+    @pytest.mark.parametrize("changes", [{"r": "x"}, {"r": 0}, {"alpha_pattern": {"(": 1}}, {"rank_pattern": [4]}])
+    def test_of_no_scale(self, changes, adapter, tmp_path):
+        model = load_checkpoint(adapter).policy.model
+        edit_json(adapter / "adapter_config.json", **changes)
+        with pytest.raises(ValueError, match=r"expected the settings of a LoRA adapter in .*checkpoint-3, got others"):
+            checkpoint_weights(adapter, model)
+
+    def test_on_another_base_model(self, adapter, run, recwarn):
+        model = load_checkpoint(adapter).policy.model
+        checkpoint_weights(adapter, model)
+        assert not [str(w.message) for w in recwarn if "trained on" in str(w.message)]
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path="/models/another")
+        with pytest.warns(
+            UserWarning, match=r"trained on '/models/another', and is compared with one on '.*tiny_policy"
+        ):
+            assert_weights(checkpoint_weights(adapter, model), run[0])
 
 
 class TestMatchWeights:

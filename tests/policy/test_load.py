@@ -205,6 +205,80 @@ class TestLoading:
             load_policy(str(policy_copy))
 
 
+class TestNothingIsExecuted:
+    """Of what stands in a model's config.json."""
+
+    @staticmethod
+    def edit(folder, **changes):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"attn_implementation": "evil/kernel"},
+            {"_attn_implementation": "evil/kernel"},
+            {"_attn_implementation": "paged|evil/kernel@v1:f"},
+            {"attn_implementation": {"": "evil/kernel"}},
+        ],
+    )
+    def test_a_kernel_of_the_hub(self, policy_copy, tiny_model, changes):
+        self.edit(policy_copy, **changes)
+        with pytest.raises(
+            ValueError, match=r"expected the name of a built-in .*policy \(config\.json\), got '.*evil/kernel.*', which"
+        ):
+            load_policy(str(policy_copy))
+        model, _ = load_policy(str(policy_copy), attn_implementation="eager")
+        assert model.config._attn_implementation == "eager"
+        torch.testing.assert_close(logits(model), logits(tiny_model))
+
+    def test_a_kernel_of_a_part(self, policy_copy):
+        self.edit(policy_copy, text_config={"_attn_implementation": "evil/kernel"})
+        with pytest.raises(ValueError, match="got 'evil/kernel', which would be fetched and executed"):
+            load_policy(str(policy_copy))
+
+    def test_a_kernel_in_the_config_that_the_config_points_to(self, policy_copy):
+        shutil.copy(policy_copy / "config.json", policy_copy / "config.4.0.0.json")
+        config = json.loads((policy_copy / "config.json").read_text())
+        other = json.dumps(config | {"_attn_implementation": "evil/kernel"})
+        (policy_copy / "config.4.0.0.json").write_text(other)
+        self.edit(policy_copy, configuration_files=["config.4.0.0.json"])
+        with pytest.raises(ValueError, match="got 'evil/kernel', which would be fetched and executed"):
+            load_policy(str(policy_copy))
+
+    def test_a_built_in_kernel(self, policy_copy):
+        self.edit(policy_copy, attn_implementation="eager")
+        assert load_policy(str(policy_copy)).model.config._attn_implementation == "eager"
+
+    @pytest.fixture
+    def evil_code(self, policy_copy, monkeypatch):
+        """Code beside the model that says when it runs, and nobody who could be asked."""
+        (policy_copy / "evil.py").write_text(
+            f"open({str(policy_copy / 'executed')!r}, 'w')\nConfig = Model = Tokenizer = 1"
+        )
+        monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(f"asked: {prompt}"))
+        return {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+
+    def test_code_that_the_model_needs(self, policy_copy, evil_code):
+        self.edit(policy_copy, auto_map=evil_code, model_type="evil")
+        with pytest.raises(
+            ValueError, match=r"policy, got 'evil' with code of its own .*not executed: give a model of"
+        ):
+            load_policy(str(policy_copy))
+        assert not (policy_copy / "executed").exists()
+
+    def test_code_that_a_model_of_transformers_own_names(self, policy_copy, evil_code, tiny_model):
+        """As that of Phi-3: there is no need of it, and it is left alone."""
+        self.edit(policy_copy, auto_map=evil_code)
+        file = policy_copy / "tokenizer_config.json"
+        tokenizer = json.loads(file.read_text())
+        file.write_text(
+            json.dumps(tokenizer | {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}})
+        )
+        assert torch.equal(logits(load_policy(str(policy_copy)).model), logits(tiny_model))
+        assert not (policy_copy / "executed").exists()
+
+
 class TestTokenizer:
     def test_pad_falls_back_to_eos(self, policy_copy, tiny_tokenizer_factory):
         tiny_tokenizer_factory(pad_token=None, padding_side="right").save_pretrained(policy_copy)

@@ -167,21 +167,83 @@ class TestByShape:
         with pytest.raises(ValueError, match=r"\[2, 2\] × 2 and × 1, \[3\] × 2 and × 1, not known × 0 and × 2"):
             match_optimizer_state(optimizer.state_dict(), trainable(model))
 
+    def test_a_group_without_moments_has_the_shapes_that_are_left(self):
+        """A value head that has not been trained yet."""
+        model = layers((3,), (2, 2), (3,), (4, 2), (4,))
+        p = list(model.values())
+        for groups in (p[:3], p[3:]), (p[3:], p[:3]):
+            optimizer = stepped(AdamW([{"params": g, "lr": 0.1 * len(g)} for g in groups]), without=p[3:])
+            state = match_optimizer_state(optimizer.state_dict(), trainable(model))
+            assert state.matched_by == "shape"
+            assert_matched(state, optimizer, trainable(model))
 
-@settings(deadline=None, max_examples=200)
+    def test_a_shape_that_is_left_lies_in_another_group_too(self):
+        model = layers((3,), (2, 2), (4, 2), (3,))
+        p = list(model.values())
+        optimizer = stepped(AdamW([{"params": p[:2]}, {"params": p[2:]}]), without=p[2:])
+        with pytest.raises(ValueError, match=r"got the shapes \[\[3\]\] in several"):
+            match_optimizer_state(optimizer.state_dict(), trainable(model))
+
+
+class TestLayerwiseLearningRates:
+    """Layers of the same shapes, the top one fastest."""
+
+    @pytest.fixture
+    def model(self) -> nn.Sequential:
+        return nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+
+    @pytest.mark.parametrize("decay", [0.5, 1.0])
+    @pytest.mark.parametrize("downwards", [True, False])
+    def test_without_names_their_order_is_not_known(self, model, downwards, decay):
+        groups = [{"params": list(model[k].parameters()), "lr": 1e-3 * decay ** (2 - k)} for k in range(3)]
+        saved = stepped(AdamW(groups[::-1] if downwards else groups)).state_dict()
+        with pytest.raises(
+            ValueError, match=r"got the shapes \[\[3, 3\], \[3\]\] in several, .*group\['param_names'\]"
+        ):
+            match_optimizer_state(saved, trainable(model))
+
+    def test_with_the_names_that_the_message_asks_for(self, model):
+        name_of = {id(p): name for name, p in model.named_parameters()}
+        groups = [{"params": list(model[k].parameters()), "lr": 1e-3 * 0.5 ** (2 - k)} for k in (2, 1, 0)]
+        optimizer = stepped(AdamW(groups))
+        saved = optimizer.state_dict()
+        for group, live in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+            group["param_names"] = [name_of[id(p)] for p in live["params"]]
+        state = match_optimizer_state(saved, trainable(model))
+        assert state.matched_by == "name"
+        assert_matched(state, optimizer, trainable(model))
+
+
+@settings(deadline=None, max_examples=400)
 @given(st.data())
 def test_never_wrong(data):
-    """Groups in any order, of whole shapes in the model's order, any of it without gradient: right, or refused."""
+    """Any partition into groups in any order, any of it without gradient: right, or refused where there is doubt.
+
+    Within a group, parameters of one shape are in the model's order, and all are where some have no gradient: nothing
+    in the file would tell.
+    """
     shapes = data.draw(st.lists(st.sampled_from([(), (3,), (2, 2), (3, 2)]), min_size=1, max_size=7))
-    group_of = {shape: data.draw(st.integers(0, 2)) for shape in set(shapes)}
-    model = layers(*shapes)
-    members = [[p for p in model.values() if group_of[tuple(p.shape)] == g] for g in range(3)]
-    without = [p for p in model.values() if data.draw(st.sampled_from([False, False, False, True]))]
-    optimizer = stepped(AdamW([{"params": m, "lr": 0.1 * (g + 1)} for g, m in enumerate(members) if m]), without)
+    places = range(len(shapes))
+    model, number = layers(*shapes), st.integers(0, 2)
+    if data.draw(st.booleans()):
+        of_shape = {shape: data.draw(number) for shape in shapes}
+        group_of = [of_shape[shape] for shape in shapes]
+    else:
+        group_of = [data.draw(number) for _ in shapes]
+    without = [k for k in places if data.draw(st.sampled_from([False, False, False, True]))]
+    order = list(places)
+    if not without:
+        queues = {shape: iter([k for k in places if shapes[k] == shape]) for shape in shapes}
+        order = [next(queues[shapes[k]]) for k in data.draw(st.permutations(places))]
+    lrs = data.draw(st.sampled_from([(0.1, 0.2, 0.3), (0.1, 0.1, 0.1)]))
+    members = [[model[f"p{k}"] for k in order if group_of[k] == g] for g in range(3)]
+    groups = [{"params": m, "lr": lr} for m, lr in zip(members, lrs, strict=True) if m]
+    optimizer = stepped(AdamW(groups), [model[f"p{k}"] for k in without])
     try:
         state = match_optimizer_state(optimizer.state_dict(), trainable(model))
     except ValueError:
-        assert without  # where every shape is known, there is no doubt
+        in_two_groups = len(set(zip(shapes, group_of, strict=True))) > len(set(shapes))
+        assert in_two_groups or len({group_of[k] for k in without}) > 1
     else:
         assert_matched(state, optimizer, trainable(model))
 
@@ -376,16 +438,35 @@ def test_a_moment_not_finite(key):
         match_optimizer_state(saved, trainable(model))
 
 
-@pytest.mark.parametrize(("decoupled", "expected"), [(None, True), (True, True), (False, False)])
-@pytest.mark.parametrize("said", [None, True, False])
-def test_decoupled_where_the_group_does_not_say(decoupled, expected, said):
-    model = layers((2,))
-    saved = stepped(AdamW(model.parameters())).state_dict()
-    del saved["param_groups"][0]["decoupled_weight_decay"]
-    if said is not None:
-        saved["param_groups"][0]["decoupled_weight_decay"] = said
-    state = match_optimizer_state(saved, trainable(model), decoupled=decoupled)
-    assert state.groups[0].settings.decoupled_weight_decay == (expected if said is None else said)
+def saying(*said: bool | None) -> tuple[dict[str, Any], dict[str, nn.Parameter]]:
+    """A saved state whose groups say how they decay, or, as before torch 2.7, do not."""
+    parameters = trainable(layers(*((n,) for n in range(1, 1 + len(said)))))
+    saved = stepped(AdamW([{"params": [p]} for p in parameters.values()])).state_dict()
+    for group, decoupled in zip(saved["param_groups"], said, strict=True):
+        group.pop("decoupled_weight_decay", None)
+        if decoupled is not None:
+            group["decoupled_weight_decay"] = decoupled
+    return saved, parameters
+
+
+class TestDecoupled:
+    @pytest.mark.parametrize(("decoupled", "expected"), [(None, True), (True, True), (False, False)])
+    def test_where_the_file_does_not_say(self, decoupled, expected):
+        state = match_optimizer_state(*saying(None), decoupled=decoupled)
+        assert state.groups[0].settings.decoupled_weight_decay is expected
+
+    @pytest.mark.parametrize("said", [True, False])
+    def test_as_the_file_says(self, said):
+        for decoupled in (None, said):
+            state = match_optimizer_state(*saying(said), decoupled=decoupled)
+            assert state.groups[0].settings.decoupled_weight_decay is said
+
+    @pytest.mark.parametrize("said", [True, False])
+    def test_against_what_the_file_says(self, said):
+        message = rf"file's groups, decoupled_weight_decay={said}, got decoupled={not said}: leave it out \(None\)"
+        for groups in ((said,), (None, said), (not said, said)):
+            with pytest.raises(ValueError, match=message):
+                match_optimizer_state(*saying(*groups), decoupled=not said)
 
 
 def test_numbers_in_tensors():
