@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -18,6 +19,7 @@ from entropy_pl.data.datamodule import PromptDataModule
 from entropy_pl.measurements.batches import draw_e_batch, draw_u_batch, prompt_data
 from entropy_pl.measurements.results import ResultsFolder, make_writable, sweep_with_seed_keys, versions
 from entropy_pl.measurements.settings import MeasurementSettings
+from entropy_pl.measurements.training import differences_from_training
 from entropy_pl.measurements.update import MeasuredUpdate, update_from_optimizer, update_from_pair
 from entropy_pl.policy import Checkpoint, checkpoint_weights, decode_completions, load_checkpoint
 from entropy_pl.policy.precision import matmul_precision
@@ -200,11 +202,24 @@ class EntropyMeasurements:
             on_pass("sampling U")
             with timed(seconds, "update", policy.model):
                 update = update_from_optimizer(policy.model, self.checkpoint.optimizer, groups, settings)
+            self._compare_with_training(update, settings)
         on_pass("update")
         if update.vector.norm() == 0:
             why = "there is neither gradient nor momentum" if after is None else "the two checkpoints are the same"
             raise ValueError(f"expected an update that moves the policy, got v = 0: {why}")
         return update
+
+    def _compare_with_training(self, update: MeasuredUpdate, settings: MeasurementSettings) -> None:
+        """Say, and record, where the step rebuilt is not the one of the run."""
+        differences = differences_from_training(settings, self.checkpoint.hyper_parameters)
+        update.facts["differs_from_training"] = differences
+        if differences:
+            listed = ", ".join(f"{key} {both['here']} (run: {both['training']})" for key, both in differences.items())
+            warnings.warn(
+                f"the step is not the one this run would have taken: {listed}. Set them as the run had them, unless "
+                "that is what you want to know",
+                stacklevel=2,
+            )
 
     def _results(self, drawn: Drawn, result: ProbeResult, seconds: dict[str, float], fingerprint: str) -> Record:
         settings, batch = self.settings, self.settings.batch_config

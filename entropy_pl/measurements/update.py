@@ -29,7 +29,8 @@ class MeasuredUpdate:
         vector: v.
         facts: JSON-able: ``source`` is ``"optimizer"`` or ``"pair"``; of an optimizer ``matched_by``, ``step`` (taken
             before this one), ``gradient_norm`` (before clipping) and ``gradient_scale`` (what clipping left of it), and
-            of the U-batch ``reward``, ``zero_advantage_fraction``, ``n_sequences`` and ``n_tokens``.
+            of the U-batch ``reward``, ``zero_advantage_fraction``, ``n_sequences`` and ``n_tokens``; and in
+            ``differs_from_training`` what the checkpoint tells of other settings.
     """
 
     vector: UpdateVector

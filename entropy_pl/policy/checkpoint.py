@@ -45,11 +45,13 @@ class Checkpoint:
         policy: model and tokenizer; in training mode, trainable as it was in training.
         optimizer: the optimizer's raw ``state_dict()``, on the CPU; None where none was saved, or none asked for.
         path: where it was read from.
+        hyper_parameters: what a Lightning checkpoint tells of the module's and the datamodule's arguments.
     """
 
     policy: Policy
     optimizer: dict[str, Any] | None = field(repr=False)
     path: Path
+    hyper_parameters: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 def load_checkpoint(
@@ -112,7 +114,7 @@ def load_checkpoint(
     policy = load_policy_from(settings)
     if stored.kind == "file" or (stored.kind == "model" and settings.name == backbone):
         copy_weights(policy.model, match_weights(policy.model, stored.weights, source=str(path)))
-    return Checkpoint(policy, state, path)
+    return Checkpoint(policy, state, path, stored.hyper_parameters)
 
 
 def checkpoint_weights(path: str | Path, model: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 # Where a torch file keeps the weights, if they are not all of it; the first key wins.
 _WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "module", "policy")
 _OPTIMIZER_KEYS = ("optimizer_states", "optimizer_state_dict", "optimizer")  # Lightning's first: a list
+_HYPER_PARAMETER_KEYS = ("datamodule_hyper_parameters", "hyper_parameters")  # Lightning's; the module's win
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")  # of Hugging Face's Trainer; under FSDP
 
 
@@ -37,6 +38,7 @@ class StoredCheckpoint:
         config: ``adapter_config.json`` of an adapter, ``config.json`` of a model; empty otherwise.
         policy: fields of the `PolicySettings` that GRPOModule leaves in its checkpoints; None in other files.
         optimizers: raw state dicts of the optimizers in the same file.
+        hyper_parameters: what Lightning kept of the module's and the datamodule's arguments.
     """
 
     kind: Literal["adapter", "model", "file"]
@@ -44,6 +46,7 @@ class StoredCheckpoint:
     config: dict[str, Any] = field(default_factory=dict)
     policy: dict[str, Any] | None = None
     optimizers: list[dict[str, Any]] = field(default_factory=list)
+    hyper_parameters: dict[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(path: Path) -> StoredCheckpoint:
@@ -64,6 +67,12 @@ def read_checkpoint(path: Path) -> StoredCheckpoint:
         _weights_in(content, path),
         policy=dict(policy) if isinstance(policy, Mapping) and isinstance(policy.get("name"), str) else None,
         optimizers=_optimizers_in(content),
+        hyper_parameters={
+            name: value
+            for key in _HYPER_PARAMETER_KEYS
+            if isinstance(content.get(key), Mapping)
+            for name, value in content[key].items()
+        },
     )
 
 

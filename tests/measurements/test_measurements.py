@@ -473,6 +473,19 @@ def test_a_pair_needs_nothing_of_an_optimizer(config, run_dir, tmp_path):
     assert bars == ["loading", "update", "sampling E"]
 
 
+def test_a_step_of_other_settings_than_the_runs_is_said_so(config, recwarn):
+    """A GRPO checkpoint tells how it was trained: silence where the config agrees, a warning and a record where not."""
+    EntropyMeasurements(config()).draw()
+    assert not [warning for warning in recwarn if "not the one this run" in str(warning.message)]
+    sections = config(batch_config={"G": 3}, update={"loss_type": "bnpo"})
+    with pytest.warns(UserWarning, match=r"batch_config\.G 3 \(run: 4\), update\.loss_type bnpo \(run: grpo\)"):
+        drawn = EntropyMeasurements(sections).draw()
+    assert drawn.update.facts["differs_from_training"] == {
+        "batch_config.G": {"here": 3, "training": 4},
+        "update.loss_type": {"here": "bnpo", "training": "grpo"},
+    }
+
+
 def test_a_step_too_long_is_said_so(config):
     with pytest.raises(NonFiniteError, match="this step was too long"):
         EntropyMeasurements(config(estimator={"eta_list": [1e300]})).run_experiments()
