@@ -26,7 +26,7 @@ def unknown_key(unknown: str, keys: Iterable[str]) -> str:
     else:
         siblings = sorted({key.split(".")[0] for key in keys})
         nearest = did_you_mean(plain, keys, cutoff=0.8) or did_you_mean(plain.split(".")[0], siblings, cutoff=0.7)
-    return f"unknown key '{unknown}'" + (nearest or f": expected one of {', '.join(siblings)}")
+    return f"unknown key {unknown!r}" + (nearest or f": expected one of {', '.join(siblings)}")
 
 
 def explained(message: str, keys: Iterable[str]) -> str:

@@ -69,7 +69,7 @@ class EntropyCLI(LightningCLI):
 
     def _known_keys(self) -> list[str]:
         fit = self._subcommand_parsers["fit"]
-        return [action.dest for action in fit._actions if "." in action.dest]
+        return [action.dest for action in fit._actions if action.dest not in ("help", "config", "print_config")]
 
 
 def run_fit(args: Sequence[str]) -> None:
@@ -99,6 +99,11 @@ def _run(args: Sequence[str], started: list[bool]) -> None:
         auto_configure_optimizers=False,  # the module takes its own, over the trainable parameters
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"max_epochs": -1},  # max_steps decides; prompts come round as often as it takes
-        parser_kwargs={"prog": "entropy-pl", "exit_on_error": False, "fit": {"exit_on_error": False}},
+        parser_kwargs={
+            "prog": "entropy-pl",
+            "exit_on_error": False,
+            "allow_abbrev": False,
+            "fit": {"exit_on_error": False},
+        },
         args=list(args),
     )

@@ -133,6 +133,7 @@ def test_help_says_what_each_key_means(capsys):
     [
         (["--probe.frequency=5"], "unknown key 'probe.frequency': expected one of probe.prompts, "),
         (["--probe.num_seqences=5"], "unknown key 'probe.num_seqences'; did you mean 'probe.num_sequences'?"),
+        (["--probe.every=5"], "unknown key 'probe.every'"),  # no abbreviations: another version may have two such keys
         (["--model.loss_type=ppo"], "model.loss_type: expected one of grpo, dr_grpo, dapo, bnpo, got ppo"),
         (["--model.num_generations=1"], "at least 2"),
         (["--data.dataset=gsm9k"], "gsm8k_r1_template"),

@@ -345,6 +345,7 @@ def test_the_process_own_words(parser, monkeypatch):
         ({"sead": 3}, "unknown key 'sead'; did you mean 'seed'?"),
         ({"se-ed": 3}, "unknown key 'se-ed'; did you mean 'seed'?"),
         ({"seed ": 3}, "unknown key 'seed '; did you mean 'seed'?"),
+        ({"se\ned": 3}, "unknown key 'se\\ned'; did you mean 'seed'?"),
         ({5: 3}, "unknown key '5': expected one of elements,"),
         ({None: 3}, "unknown key 'None': expected"),
         ({"": 3}, "unknown key '': expected"),
