@@ -65,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
     from entropy_pl.config import UsageError
 
     try:
-        _run(command, words)
+        _run(command, words, own=args is None)
     except UsageError as error:
         if os.environ.get(SHOW_TRACEBACK):
             raise
@@ -73,12 +73,12 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-def _run(command: str, words: list[str]) -> None:
+def _run(command: str, words: list[str], own: bool) -> None:
     # each command imports what it needs: an offline one no Trainer
     if command == "fit":
         from entropy_pl.training import run_fit
 
-        run_fit(words)
+        run_fit(None if own else words)  # LightningCLI warns of words that are the process's own
     else:
         from entropy_pl.offline import run_measure, run_study
 

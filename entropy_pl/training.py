@@ -72,11 +72,11 @@ class EntropyCLI(LightningCLI):
         return [action.dest for action in fit._actions if action.dest not in ("help", "config", "print_config")]
 
 
-def run_fit(args: Sequence[str]) -> None:
+def run_fit(args: Sequence[str] | None) -> None:
     """Parse the words and run what they say.
 
     Args:
-        args: command-line words, `fit` first.
+        args: command-line words, `fit` first; None takes the process's own.
 
     Raises:
         UsageError: for what is wrong before training begins. Later errors come as they are, traceback and all.
@@ -90,7 +90,7 @@ def run_fit(args: Sequence[str]) -> None:
         raise UsageError(str(error)) from error
 
 
-def _run(args: Sequence[str], started: list[bool]) -> None:
+def _run(args: Sequence[str] | None, started: list[bool]) -> None:
     EntropyCLI(
         started,
         model_class=GRPOModule,
@@ -105,5 +105,5 @@ def _run(args: Sequence[str], started: list[bool]) -> None:
             "allow_abbrev": False,
             "fit": {"exit_on_error": False},
         },
-        args=list(args),
+        args=None if args is None else list(args),
     )
