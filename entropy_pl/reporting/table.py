@@ -56,14 +56,13 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
     )
     for name in ("η", "ΔH ± SE", "δH₁ ± SE", "ΔH/δH₁ − 1", "ESS"):
         table.add_column(name, justify="right", no_wrap=True)
-    mark = " (one step)" if record.get("kind") == "measurement" else " (taken)"
     for point in record.get("sweep") or ():
         true, first_order = point.get("true"), point.get("first_order")
         value, predicted = number(true, "value"), number(first_order, "value")
         excess = value / predicted - 1 if predicted else math.nan
         ess = number(true, "ess")
         table.add_row(
-            f"{number(point, 'eta'):.3g}{mark if point.get('taken') else ''}",
+            f"{number(point, 'eta'):.3g}{' *' if point.get('taken') else ''}",
             with_error(value, number(true, "stderr")),
             with_error(predicted, number(first_order, "stderr")),
             DASH if math.isnan(excess) else f"{excess:+.2e}",
@@ -80,6 +79,8 @@ def _sweep_caption(record: Mapping[str, Any]) -> str:
     parts.append(f"η* = {_shown(record, 'eta_star', '.1e', error='eta_star_stderr')}")
     if law:
         parts.append(f"log-log slope {number(law, 'slope'):.4f}, R² {number(law, 'r_squared'):.6f}")
+    if any(point.get("taken") for point in record.get("sweep") or ()):
+        parts.append("* the step " + ("of the learning rate" if record.get("kind") == "measurement" else "taken"))
     return ", ".join(parts)
 
 

@@ -4,7 +4,7 @@ import math
 import pytest
 from rich.console import Console
 
-from entropy_pl.reporting import probe_table
+from entropy_pl.reporting import probe_table, sweep_table
 from entropy_pl.reporting.table import with_error
 
 
@@ -72,3 +72,27 @@ def test_no_records():
 )
 def test_value_and_error_end_at_the_same_decimal_place(value, stderr, expected):
     assert with_error(value, stderr) == expected
+
+
+class TestSweep:
+    def rows(self, record, width=80):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(sweep_table(record))
+        return [" ".join(line.split()) for line in console.export_text().splitlines()]
+
+    def test_every_step_size_has_a_row_that_fits_a_terminal(self, make):
+        record = make(5)
+        lines = self.rows(record)
+        for point in record["sweep"]:
+            true, predicted = point["true"], point["first_order"]["value"]
+            [line] = [line for line in lines if line.startswith(f"{point['eta']:.3g} ")]
+            assert f"{true['value'] / predicted - 1:+.2e}" in line
+            assert line.endswith(f" {true['ess']:.0f}"), "nothing is cut off at 80 columns"
+            assert (" * " in line) == point["taken"]
+
+    def test_caption_tells_entropy_and_the_fitted_slope(self, make):
+        record = make(5, kind="measurement", power_law={"slope": 1.0006, "r_squared": 0.9999998})
+        text = " ".join(self.rows(record))
+        assert f"H = {record['entropy']['value']:.4f} ±" in text
+        assert "log-log slope 1.0006, R² 1.000000" in text
+        assert "* the step of the learning rate" in text
