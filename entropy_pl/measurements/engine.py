@@ -23,7 +23,7 @@ from entropy_pl.measurements.training import differences_from_training
 from entropy_pl.measurements.update import MeasuredUpdate, update_from_optimizer, update_from_pair
 from entropy_pl.policy import Checkpoint, checkpoint_weights, decode_completions, load_checkpoint
 from entropy_pl.policy.precision import matmul_precision
-from entropy_pl.probe import EntropyProbe, ProbeResult, ProbeScores, timed
+from entropy_pl.probe import ProbeResult, ProbeScores, timed
 from entropy_pl.reporting import SCHEMA, DetailedLog, MeasuredBatch, Record, config_hash
 from entropy_pl.rollout import Rollout
 
@@ -110,7 +110,7 @@ class EntropyMeasurements:
             and ``first_order``, the same with standard error, interval, ESS and weight health), ``entropy``,
             ``first_order`` (per unit η), ``second_order`` (per unit η²), ``eta_star``, ``symmetric``, ``power_law``
             (log-log slope and R²), ``update`` and how it was made, ``B_E``, ``B_U``, ``G``, ``timing`` (seconds per
-            phase, ``total``), ``tokens_per_second``, ``versions``, ``config``, ``config_hash``, ``seed``.
+            phase, ``total``), ``tokens_per_second``, ``device``, ``versions``, ``config``, ``config_hash``, ``seed``.
 
         Raises:
             ValueError: if the output folder holds results of another config, the checkpoint cannot be used, or no
@@ -123,13 +123,12 @@ class EntropyMeasurements:
         folder = None if settings.output_directory is None else ResultsFolder(settings.output_directory, fingerprint)
         if settings.detailed_logging.enabled:
             make_writable(Path(settings.detailed_logging.output_directory))
-        probe = settings.probe()
         seconds: dict[str, float] = {}
         with (
             timed(seconds, "total"),
             tqdm(
                 desc="entropy measurement",
-                total=self.passes(probe),
+                total=self.passes,
                 unit="pass",
                 leave=False,
                 disable=None if progress_bar else True,
@@ -142,7 +141,7 @@ class EntropyMeasurements:
 
             drawn = self.draw(on_pass=advance)
             scores = self.score(drawn, on_pass=advance)
-            result = probe.reduce(scores, drawn.update.vector)
+            result = settings.probe().reduce(scores, drawn.update.vector)
         results = self._results(drawn, result, seconds | drawn.seconds | scores.seconds, fingerprint)
         if folder is not None:
             folder.write(results)
@@ -184,9 +183,15 @@ class EntropyMeasurements:
                 self.checkpoint.policy.model, drawn.rollout, drawn.update.vector, on_pass=on_pass
             )
 
-    def passes(self, probe: EntropyProbe) -> int:
-        """Passes of a measurement: loading, U's sampling (not of a pair), the update, E's sampling, and the probe's."""
-        return 3 + (self.settings.checkpoint.after_checkpoint_path is None) + probe.passes(lr=1.0)
+    @property
+    def draw_passes(self) -> int:
+        """Passes of :meth:`draw`: loading, U's sampling (not of a pair), the update, E's sampling."""
+        return 3 + (self.settings.checkpoint.after_checkpoint_path is None)
+
+    @property
+    def passes(self) -> int:
+        """Passes of a measurement: :meth:`draw`'s and the probe's."""
+        return self.draw_passes + self.settings.probe().passes(lr=1.0)
 
     def _update(
         self, data: PromptDataModule, settings: MeasurementSettings, seconds: dict[str, float], on_pass: OnPass

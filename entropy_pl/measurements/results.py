@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from entropy_pl.reporting import Record, eta_sweep_figure
-from entropy_pl.reporting.records import to_json
+from entropy_pl.reporting.records import plain
 from entropy_pl.version import __version__
 
 RESULTS, CONFIG, FIGURE = "results.json", "config.yaml", "eta_sweep.png"
@@ -67,9 +67,9 @@ class ResultsFolder:
             ValueError: if another config's have come in the meantime.
         """
         self._refuse_others()
+        write_whole(self.path / RESULTS, results)  # first: the rest can be made of it
         (self.path / CONFIG).write_text(as_yaml(results["config"]))
         eta_sweep_figure(results).savefig(self.path / FIGURE)
-        write_whole(self.path / RESULTS, results)  # last: results that are there say that the rest is, too
 
     def _refuse_others(self) -> None:
         refuse_another_config(self.path / RESULTS, self._hash)
@@ -97,13 +97,13 @@ def make_writable(folder: Path) -> None:
 
 def as_yaml(config: Mapping[str, Any]) -> str:
     """A config as a file that can be read again."""
-    return yaml.safe_dump(json.loads(to_json(config)), sort_keys=False)
+    return yaml.safe_dump(plain(config), sort_keys=False)
 
 
 def write_whole(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file at once: whoever finds it finds all of it."""
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(json.dumps(json.loads(to_json(content)), indent=2) + "\n")
+    temporary.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
     temporary.replace(file)
 
 

@@ -221,11 +221,12 @@ class EntropyProbe:
         error_bar: dict[str, Any] = {"clusters": scores.clusters, "confidence": self.confidence}
         shared = {"normalize": self.normalize, "integrand": self.integrand, **error_bar}
         options = {**shared, "weighting": self.weighting}
-        matched = first_order_delta_entropy(scores.base, scores.tangent, **options)
+        matched = first = first_order_delta_entropy(scores.base, scores.tangent, **options)
         baseline = self._baseline_of(scores)
         fit_variance = self._fit_variance(scores, baseline, options)
-        first = first_order_delta_entropy(scores.base, scores.tangent, baseline=baseline, **options)
-        first = _less_certain(first, fit_variance)
+        if baseline is not None:
+            first = first_order_delta_entropy(scores.base, scores.tangent, baseline=baseline, **options)
+            first = _less_certain(first, fit_variance)
         sweep = []
         for eta, shifted in scores.shifted.items():
             true = snis_delta_entropy(scores.base, shifted, clip_log_weight=self.clip_log_weight, **options)

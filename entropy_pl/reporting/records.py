@@ -127,7 +127,17 @@ def to_json(record: Mapping[str, Any], *, sort_keys: bool = False) -> str:
     Raises:
         TypeError: if the record holds something that JSON has no form for.
     """
-    return json.dumps(_plain(record, "record"), allow_nan=False, sort_keys=sort_keys)
+    return json.dumps(plain(record), allow_nan=False, sort_keys=sort_keys)
+
+
+def plain(record: Mapping[str, Any]) -> Record:
+    """A record in JSON's own types: numbers and arrays of other libraries as Python's, not finite ones as None.
+
+    Raises:
+        TypeError: if the record holds something that JSON has no form for.
+    """
+    converted: Record = _plain(record, "record")
+    return converted
 
 
 def latest_per_step(records: Sequence[Mapping[str, Any]]) -> list[Record]:

@@ -126,7 +126,7 @@ def run_linear_regime(settings: LinearRegimeSettings, *, progress_bar: bool = Tr
     }
     missing = {key: cell for key, cell in cells.items() if cell not in folder}
     passes = settings.probe().passes(lr=1.0)
-    total = 3 * len({seed for seed, _ in missing}) + passes * len(missing)
+    total = measurements.draw_passes * len({seed for seed, _ in missing}) + passes * len(missing)
     with progress(NAME, total, "pass", progress_bar) as bar:
         advance = advance_by_phase(bar)
         for (seed, precision), cell in missing.items():

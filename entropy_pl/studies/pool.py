@@ -73,8 +73,7 @@ def pool_of(settings: StudySettings, folder: StudyFolder, *, features: bool, pro
     if features:
         settings = replace(settings, estimator=replace(settings.estimator, baseline="critic"))
     measurements = EntropyMeasurements(settings)
-    passes = measurements.passes(settings.probe()) - 1  # loading is part of the first
-    with progress("pool", passes, "pass", progress_bar) as bar:
+    with progress("pool", measurements.passes, "pass", progress_bar) as bar:
         advance = advance_by_phase(bar)
         drawn = drawn_once(folder.path / DRAWN, measurements, settings, on_pass=advance)
         scores = scored_once(folder.path / SCORES, lambda: measurements.score(drawn, on_pass=advance))

@@ -471,6 +471,16 @@ def test_a_pair_needs_nothing_of_an_optimizer(config, run_dir, tmp_path):
     measurement = EntropyMeasurements(config(checkpoint=pair, batch_config={"U_split": "nowhere"}))
     measurement.draw(on_pass=bars.append)
     assert bars == ["loading", "update", "sampling E"]
+    assert measurement.draw_passes == len(bars)
+
+
+def test_the_bar_ends_where_the_measurement_does(config):
+    phases = []
+    measurement = EntropyMeasurements(config(estimator={"baseline": "critic", "symmetric": True}))
+    drawn = measurement.draw(on_pass=phases.append)
+    assert measurement.draw_passes == len(phases)
+    measurement.score(drawn, on_pass=phases.append)
+    assert measurement.passes == len(phases)
 
 
 def test_a_step_of_other_settings_than_the_runs_is_said_so(config, recwarn):
