@@ -74,23 +74,21 @@ class Rollout:
         return Rollout(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     @staticmethod
+    def empty(device: torch.device | str = "cpu") -> Rollout:
+        """No rows, of one column each: what a process holds whose share of a batch is nothing."""
+        ids = torch.zeros(0, 1, dtype=torch.long, device=device)
+        return Rollout(ids, ids.bool(), ids, ids.bool())
+
+    @staticmethod
     def concatenate(rollouts: list[Rollout]) -> Rollout:
         """One rollout of all rows, padded to the longest prompt and completion (pad id 0, masked)."""
         if not rollouts:
             raise ValueError("expected at least one rollout to concatenate, got none")
 
-        def padded(name: str, left: bool) -> Tensor:
-            parts = [getattr(rollout, name) for rollout in rollouts]
-            width = max(part.shape[1] for part in parts)
-            pad = [(width - part.shape[1], 0) if left else (0, width - part.shape[1]) for part in parts]
-            return torch.cat([torch.nn.functional.pad(part, p) for part, p in zip(parts, pad, strict=True)])
+        def rows(name: str) -> Tensor:
+            return _stacked([getattr(rollout, name) for rollout in rollouts], pad_left=name.startswith("prompt"))
 
-        return Rollout(
-            padded("prompt_ids", True),
-            padded("prompt_mask", True),
-            padded("completion_ids", False),
-            padded("completion_mask", False),
-        )
+        return Rollout(*(rows(field.name) for field in fields(Rollout)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +125,25 @@ class TokenStats:
         """The rows of ``index``."""
         return TokenStats(self.logp[index], self.entropy[index], self.mask[index])
 
+    def to(self, device: torch.device | str) -> TokenStats:
+        """The same numbers on another device."""
+        return TokenStats(self.logp.to(device), self.entropy.to(device), self.mask.to(device))
+
+    @staticmethod
+    def concatenate(parts: list[TokenStats]) -> TokenStats:
+        """All rows, padded to the longest (zero, masked)."""
+        if not parts:
+            raise ValueError("expected at least one part to concatenate, got none")
+        return TokenStats(*(_stacked([getattr(part, field.name) for part in parts]) for field in fields(TokenStats)))
+
     def detach(self) -> TokenStats:
         """The same numbers, cut from the graph."""
         return replace(self, logp=self.logp.detach(), entropy=self.entropy.detach())
+
+
+def _stacked(parts: list[Tensor], pad_left: bool = False) -> Tensor:
+    """The rows of all parts, padded with zeros to the widest."""
+    width = max(part.shape[1] for part in parts)
+    missing = [width - part.shape[1] for part in parts]
+    pads = [(some, 0) if pad_left else (0, some) for some in missing]
+    return torch.cat([torch.nn.functional.pad(part, pad) for part, pad in zip(parts, pads, strict=True)])

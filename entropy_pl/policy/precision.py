@@ -19,11 +19,18 @@ _MATMUL_PRECISION: ContextVar[MatmulPrecision] = ContextVar("matmul_precision", 
 def evaluation(model: nn.Module) -> Iterator[None]:
     """The model as a probe uses it: eval mode, no autocast, no TF32, every floating tensor float32 or better.
 
-    (TF32 only where `matmul_precision` asks for it.) Modes, tensors and settings are put back to the bit on leaving.
+    (TF32 only where `matmul_precision` asks for it.) What trainers wrap around ``forward`` is off: `torch.compile`, and
+    the autocast that Accelerate puts inside it, where no outer context reaches. Modes, tensors and settings are put back to the bit on leaving.
     Quantized layers keep their weights and compute in float32. Entering it again inside costs nothing but a walk over
     the modules.
     """
-    with evaluation_mode(model), _without_autocast(model), chosen_matmul(), _at_least(model, torch.float32):
+    with (
+        evaluation_mode(model),
+        own_forward(model),
+        _without_autocast(model),
+        chosen_matmul(),
+        _at_least(model, torch.float32),
+    ):
         yield
 
 
@@ -46,6 +53,7 @@ def float64_evaluation(model: nn.Module) -> Iterator[None]:
         )
     with (
         evaluation_mode(model),
+        own_forward(model),
         _without_autocast(model),
         _at_least(model, torch.float64),
         _default_dtype(torch.float64),
@@ -96,6 +104,38 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
         for module in packing:
             module.support_avx512bf16_for_cpu = True
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Every module with the ``forward`` of its class or its author, not the one that a trainer has put over it.
+
+    Set aside are `torch.compile`'s in all its forms, which would compile anew for every shape of a probe, and the
+    autocast with which Accelerate wraps a prepared model's ``forward``.
+    """
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in model.modules():
+            attributes = vars(module)
+            if attributes.get("_compiled_call_impl") is not None:
+                kept.append((attributes, "_compiled_call_impl", attributes["_compiled_call_impl"]))
+                attributes["_compiled_call_impl"] = None
+            forward = attributes.get("forward")
+            if forward is None:
+                continue
+            if "_original_forward" in attributes:
+                own = attributes["_original_forward"]
+            elif hasattr(forward, "_torchdynamo_orig_callable"):
+                wrapped = module._modules.get("_orig_mod")
+                own = wrapped if wrapped is not None else type(module).forward.__get__(module)
+            else:
+                continue  # the author's own
+            kept.append((attributes, "forward", forward))
+            attributes["forward"] = own
+        yield
+    finally:
+        for attributes, name, value in reversed(kept):
+            attributes[name] = value
 
 
 @contextmanager

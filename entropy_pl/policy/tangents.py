@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.precision import evaluation, quantized_layers
 from entropy_pl.policy.score import (
     NonFiniteError,
@@ -104,6 +105,7 @@ def tangents(
     base: TokenStats | None = None,
     entropy_dtype: torch.dtype = torch.float64,
     max_batch_tokens: int | None = None,
+    peers: Peers = ALONE,
     on_pass: Callable[[str], None] = lambda phase: None,
 ) -> Tangents:
     """As :func:`token_stats_jvp`, with second derivatives where they come for nothing, and with what made them.
@@ -117,6 +119,7 @@ def tangents(
         base: statistics at θ, if they are already at hand.
         entropy_dtype: dtype of softmax, log-prob and entropy.
         max_batch_tokens: padded tokens per micro-batch.
+        peers: who hold the other rows of the rollout: all take one and the same difference step.
         on_pass: called with ``"tangents"`` after every pass over the rollout.
 
     Raises:
@@ -149,7 +152,7 @@ def tangents(
         if update.norm() == 0:
             zero = TokenStats(torch.zeros_like(base.logp), torch.zeros_like(base.entropy), base.mask)
             return Tangents(base, zero, zero, "central_difference", 0.0)
-        step = _difference_step(stats, rollout, base, update, TARGET_LOG_RATIO[_compute_dtype(model)])
+        step = _difference_step(stats, rollout, base, update, TARGET_LOG_RATIO[_compute_dtype(model)], peers)
         return _central_difference(base, stats(step), stats(-step), step)
 
 
@@ -223,22 +226,39 @@ def _difference_step(
     base: TokenStats,
     update: UpdateVector,
     target: float,
+    peers: Peers,
 ) -> float:
     """The step h at which the largest |Σ_k r_ik| is about the target, tried out on the longest few sequences."""
-    pilot = rollout.completion_lengths.argsort(descending=True)[:PILOT_SEQUENCES]
+    pilot = _longest(rollout.completion_lengths, PILOT_SEQUENCES, peers)
     at_theta = base.select(pilot).logp
+
+    def response(step: float) -> float:
+        if not len(pilot):
+            return 0.0  # they are with the peers
+        try:
+            return float((stats(step, pilot).logp - at_theta).sum(1).abs().max())
+        except NonFiniteError:  # θ is fine, so it was the step
+            return math.inf
+
     step = update.lr or 1 / update.norm()
     for _ in range(8):
-        try:
-            largest = float((stats(step, pilot).logp - at_theta).sum(1).abs().max())
-        except NonFiniteError:  # θ is fine, so it was the step
-            largest = math.inf
+        largest = max(peers.exchange(response(step)))
         # Far from the target the response need not be linear, or may drown in rounding: move by a bounded factor.
         factor = min(max(target / max(largest, 1e-300), 1e-4), 1e4)
         step *= factor
         if 0.25 < factor < 4:
             break
     return step
+
+
+def _longest(lengths: Tensor, count: int, peers: Peers) -> Tensor:
+    """Which rows of this process are among the ``count`` longest of all; of equal ones the first."""
+    everyone = peers.exchange(lengths.tolist())
+    before = sum(map(len, everyone[: peers.rank]))
+    all_lengths = [length for part in everyone for length in part]
+    chosen = sorted(range(len(all_lengths)), key=lambda i: -all_lengths[i])[:count]
+    mine = [i - before for i in chosen if before <= i < before + len(lengths)]
+    return torch.tensor(mine, dtype=torch.long, device=lengths.device)
 
 
 def _central_difference(base: TokenStats, plus: TokenStats, minus: TokenStats, step: float) -> Tangents:

@@ -27,6 +27,7 @@ from entropy_pl.estimators import (
 )
 from entropy_pl.estimators.estimate import standard_error
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
+from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.precision import evaluation, float64_evaluation
 from entropy_pl.policy.score import head_inputs, token_stats
 from entropy_pl.policy.tangents import Method, Tangents, tangents
@@ -152,6 +153,7 @@ class EntropyProbe:
         update: UpdateVector,
         *,
         clusters: Tensor | None = None,
+        peers: Peers = ALONE,
         on_pass: Callable[[str], None] = lambda phase: None,
     ) -> ProbeResult:
         """Measure the entropy at θ and its change along the update.
@@ -161,13 +163,17 @@ class EntropyProbe:
             rollout: the E-batch, ``[N, T]``, drawn at this probe's temperature with top_p = 1 and no top-k.
             update: v.
             clusters: prompt of each sequence, ``[N]``; None groups equal prompts by themselves.
+            peers: the run's processes, each with a share of the E-batch as its ``rollout`` (rows of ``clusters``
+                likewise): all of them call this, and all get the result of the whole batch. A share may be empty.
             on_pass: called with a phase's name after every pass over E, for progress bars.
 
         Raises:
             ValueError: for an E-batch no estimate can be made of.
             NonFiniteError: if the policy's logits are not finite, at θ or at a θ+ηv of the sweep.
+            PeerError: if another process failed.
         """
-        return self.reduce(self.collect(model, rollout, update, clusters=clusters, on_pass=on_pass), update)
+        scores = self.collect(model, rollout, update, clusters=clusters, peers=peers, on_pass=on_pass)
+        return self.reduce(scores, update)
 
     def collect(
         self,
@@ -176,17 +182,37 @@ class EntropyProbe:
         update: UpdateVector,
         *,
         clusters: Tensor | None = None,
+        peers: Peers = ALONE,
         on_pass: Callable[[str], None] = lambda phase: None,
     ) -> ProbeScores:
         """The model passes of :meth:`measure`, with its arguments and errors."""
+        with peers.together():
+            scores = self._score(model, rollout, update, clusters, peers, on_pass)
+            if peers.size > 1:
+                scores, rollout = scores.to("cpu"), rollout.to("cpu")
+            shares = peers.exchange((scores, rollout))
+        scores = ProbeScores.concatenate([share for share, _ in shares])
         if clusters is None:
-            clusters = prompt_clusters(rollout)
+            clusters = prompt_clusters(Rollout.concatenate([share for _, share in shares]))
+            scores = replace(scores, clusters=clusters)
+        return scores
+
+    def _score(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        update: UpdateVector,
+        clusters: Tensor | None,
+        peers: Peers,
+        on_pass: Callable[[str], None],
+    ) -> ProbeScores:
+        """The passes over this process's share."""
         seconds: dict[str, float] = {}
         features = None
         shifted = {}
         with self.evaluation(model):
             with timed(seconds, "tangents", model):
-                tangent = self._tangents(model, rollout, update, on_pass)
+                tangent = self._tangents(model, rollout, update, peers, on_pass)
             if self.needs_features:
                 with timed(seconds, "features", model):
                     features = head_inputs(model, rollout, max_batch_tokens=self.max_batch_tokens)
@@ -271,10 +297,15 @@ class EntropyProbe:
         }
 
     def _tangents(
-        self, model: nn.Module, rollout: Rollout, update: UpdateVector, on_pass: Callable[[str], None]
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        update: UpdateVector,
+        peers: Peers,
+        on_pass: Callable[[str], None],
     ) -> Tangents:
         """First and second derivatives: forward mode has no cheap second order, so differences supply it."""
-        options = {**self._scoring, "on_pass": on_pass}
+        options = {**self._scoring, "peers": peers, "on_pass": on_pass}
         tangent = tangents(model, rollout, update, method=self.method, **options)
         if tangent.second is None:
             differences = tangents(model, rollout, update, method="central_difference", base=tangent.base, **options)

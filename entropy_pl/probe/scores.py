@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +57,35 @@ class ProbeScores:
             self.method,
             self.difference_step,
             self.seconds,
+        )
+
+
+    def to(self, device: torch.device | str) -> ProbeScores:
+        """The same numbers on another device."""
+        return replace(
+            self,
+            base=self.base.to(device),
+            tangent=self.tangent.to(device),
+            curvature=self.curvature.to(device),
+            shifted={eta: stats.to(device) for eta, stats in self.shifted.items()},
+            clusters=None if self.clusters is None else self.clusters.to(device),
+            features=None if self.features is None else self.features.to(device),
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[ProbeScores]) -> ProbeScores:
+        """The scores of all sequences, from parts scored at the same step sizes; times are the first part's."""
+        first = parts[0]
+        clusters = [part.clusters for part in parts if part.clusters is not None]
+        features = [part.features for part in parts if part.features is not None]
+        return replace(
+            first,
+            base=TokenStats.concatenate([part.base for part in parts]),
+            tangent=TokenStats.concatenate([part.tangent for part in parts]),
+            curvature=TokenStats.concatenate([part.curvature for part in parts]),
+            shifted={eta: TokenStats.concatenate([part.shifted[eta] for part in parts]) for eta in first.shifted},
+            clusters=torch.cat(clusters) if clusters else None,
+            features=torch.cat(features) if features else None,
         )
 
 

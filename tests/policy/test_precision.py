@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
 from test_score import FAMILIES, SMOOTH, build_family, build_rollout, plain_stats
+from tiny import build_model
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -381,3 +383,59 @@ class TestQuantized:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
         states = [layer.weight.quant_state for layer in self.layers(quantized)]
         assert {state.dtype for state in states} == {torch.bfloat16}
+
+
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.layer(x)
+
+
+class TestWhatTrainersWrapAround:
+    """`torch.compile` and Accelerate's autocast do not reach into a probe, and are back after it."""
+
+    @pytest.mark.parametrize("how", ["in place", "a part", "a method"])
+    def test_compiled_code_is_set_aside(self, how):
+        runs: list[int] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            def run(*arguments: Any) -> Any:
+                runs.append(1)
+                return graph(*arguments)
+
+            return run
+
+        torch._dynamo.reset()
+        model = Doubled()
+        inputs = torch.ones(2, 3)
+        plain = model(inputs)
+        if how == "in place":
+            model.compile(backend=backend)
+        elif how == "a part":
+            model.layer = torch.compile(model.layer, backend=backend)
+        else:
+            model.forward = torch.compile(model.forward, backend=backend)
+        with evaluation(model):
+            assert torch.equal(model(inputs), plain)
+        assert not runs
+        model(inputs)
+        assert runs
+
+    def test_accelerates_autocast_is_set_aside(self):
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+        plain = build_model()
+        tokens = torch.arange(4, 10)[None]
+        expected = plain(input_ids=tokens).logits
+        model = accelerator.prepare(build_model())
+        wrapped = model(input_ids=tokens).logits
+        assert not torch.equal(wrapped, expected)  # bfloat16 inside
+        before = vars(model)["forward"]
+        with evaluation(model), torch.no_grad():
+            assert torch.equal(model(input_ids=tokens).logits, expected)
+        assert vars(model)["forward"] is before
+        assert torch.equal(model(input_ids=tokens).logits, wrapped)
