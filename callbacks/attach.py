@@ -1,38 +1,38 @@
-"""Finding the policy, its tokenizer and prompts in a LightningModule that knows nothing of this package."""
+"""Finding the policy, its tokenizer and its optimizer in a run that knows nothing of this package."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER_NAMES = ("tokenizer", "processing_class")
+NOT_ONE_DEVICE = (
+    "probe a run whose processes each hold the whole policy (one device, or DDP), or measure between two saved "
+    "checkpoints of this one: entropy-pl measure with checkpoint.checkpoint_path and checkpoint.after_checkpoint_path"
+)
 
 
 def find_policy(module: nn.Module, path: str | None) -> nn.Module:
     """The Hugging Face or PEFT model of a module: at ``path``, or the only one there is.
 
     Raises:
-        MisconfigurationException: if there is none, more than one, or something else at ``path``.
+        ValueError: if there is none, more than one, or something else at ``path``.
     """
     if path is not None:
         found: Any = module
         for name in path.split("."):
             if not hasattr(found, name):
-                raise MisconfigurationException(
+                raise ValueError(
                     f"expected the policy at {path!r} of {type(module).__name__}, but there is no {name!r}"
                 )
             found = getattr(found, name)
         found = getattr(found, "_orig_mod", found)  # a compiled model is probed through the one it wraps
         if not isinstance(found, PreTrainedModel | PeftModel):
-            raise MisconfigurationException(
-                f"expected a Hugging Face or PEFT model at {path!r}, got {type(found).__name__}"
-            )
+            raise ValueError(f"expected a Hugging Face or PEFT model at {path!r}, got {type(found).__name__}")
         return found
     candidates = {
         name: child for name, child in module.named_modules() if isinstance(child, PreTrainedModel | PeftModel)
@@ -44,62 +44,79 @@ def find_policy(module: nn.Module, path: str | None) -> nn.Module:
     }
     if len(outermost) != 1:
         found_names = ", ".join(sorted(outermost)) or "none"
-        raise MisconfigurationException(
+        raise ValueError(
             f"expected one Hugging Face or PEFT model in {type(module).__name__}, got {found_names}: "
-            "name the policy, EntropyProbeCallback(policy='attribute.path')"
+            "name the policy, policy='attribute.path'"
         )
     return next(iter(outermost.values()))
 
 
-def find_tokenizer(trainer: Trainer, module: LightningModule, given: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the module's or datamodule's ``tokenizer`` or ``processing_class``.
+def find_tokenizer(given: Any, owners: Sequence[Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or ``tokenizer`` or ``processing_class`` of the first owner that has one.
+
+    A processor (of a multimodal model) is asked for its tokenizer.
 
     Raises:
-        MisconfigurationException: if there is none.
+        ValueError: if there is none.
     """
-    datamodule = getattr(trainer, "datamodule", None)
-    owners = [owner for owner in (module, datamodule) if owner is not None]
     for candidate in [given, *(getattr(owner, name, None) for owner in owners for name in TOKENIZER_NAMES)]:
         if candidate is not None:
-            return candidate
-    raise MisconfigurationException(
-        f"expected a tokenizer as {' or '.join(TOKENIZER_NAMES)} of {type(module).__name__} or its datamodule, got "
-        "none: EntropyProbeCallback(tokenizer=...)"
+            found = (
+                candidate if isinstance(candidate, PreTrainedTokenizerBase) else getattr(candidate, "tokenizer", None)
+            )
+            if found is None:
+                raise ValueError(f"expected a Hugging Face tokenizer, got {type(candidate).__name__}: tokenizer=...")
+            return found
+    raise ValueError(
+        f"expected a tokenizer as {' or '.join(TOKENIZER_NAMES)} of "
+        f"{' or '.join(type(owner).__name__ for owner in owners)}, got none: tokenizer=..."
     )
 
 
-def find_optimizer(trainer: Trainer, policy: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that holds the policy's trainable parameters.
+def find_optimizer(optimizers: Sequence[Any], policy: nn.Module, index: int | None) -> Any:
+    """The optimizer that holds the policy's trainable parameters: the one named, or the only one that does.
 
     Raises:
-        MisconfigurationException: if there is none, or more than one.
+        ValueError: if there is none, or more than one and none was named.
     """
     owned = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
-    holding = [
-        optimizer
-        for optimizer in trainer.optimizers
-        if any(id(parameter) in owned for group in optimizer.param_groups for parameter in group["params"])
+    held = [
+        sum(id(parameter) in owned for group in optimizer.param_groups for parameter in group["params"])
+        for optimizer in optimizers
     ]
+    holding = [i for i, count in enumerate(held) if count]
+    found = "; ".join(
+        f"{i}: {type(optimizer).__name__} with {count}"
+        for i, (optimizer, count) in enumerate(zip(optimizers, held, strict=True))
+    )
+    if index is not None:
+        if index not in holding:
+            raise ValueError(
+                f"expected optimizer {index} to hold trainable parameters of the policy ({len(owned)} of them), got "
+                f"{found or 'no optimizer'}"
+            )
+        return optimizers[index]
     if len(holding) != 1:
-        raise MisconfigurationException(
-            f"expected one optimizer over the policy's trainable parameters ({len(owned)} of them), got {len(holding)} "
-            f"of the run's {len(trainer.optimizers)}"
+        raise ValueError(
+            f"expected one optimizer over the policy's trainable parameters ({len(owned)} of them), got "
+            f"{found or 'no optimizer'}"
+            + (": say which, optimizer=0" if holding else ": give its parameters to the optimizer, of this very object")
         )
-    return holding[0]
+    return optimizers[holding[0]]
 
 
-def find_prompts(trainer: Trainer, given: list[str] | None) -> list[str]:
-    """The prompts given, or the datamodule's E split.
+def refuse_sharded(policy: nn.Module, what: str | None) -> None:
+    """Refuse a policy of which no process holds every parameter whole.
+
+    Args:
+        policy: to be looked at for sharded tensors.
+        what: name of a strategy known to shard; None where none is.
 
     Raises:
-        MisconfigurationException: if there are none.
+        ValueError: naming what works instead.
     """
-    if given is not None:
-        return list(given)
-    prompts = getattr(getattr(trainer, "datamodule", None), "e_prompts", None)
-    if not prompts:
-        raise MisconfigurationException(
-            "expected E prompts, got none: EntropyProbeCallback(prompts=[...]), or train with a PromptDataModule, "
-            "which keeps an E split apart"
-        )
-    return list(prompts)
+    sharded = next((n for n, p in policy.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if what is None and sharded is None:
+        return
+    got = what or f"{sharded} as a DTensor"
+    raise ValueError(f"expected every process to hold the whole policy, got {got}: {NOT_ONE_DEVICE}")

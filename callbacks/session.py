@@ -12,12 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from entropy_pl.callbacks.prompts import fingerprint
+from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.policy.sample import check_prompts, sample_completions
-from entropy_pl.probe import EntropyProbe, timed
+from entropy_pl.policy.score import model_device
+from entropy_pl.probe import EntropyProbe, ProbeMemory, peak_memory, probe_memory, timed
 from entropy_pl.reporting.records import SCHEMA, Record
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates.record import UpdateRecorder
+from entropy_pl.updates.vector import UpdateVector
+
+SAME_STEP = 1e-6  # relative difference of ‖v‖ between processes: 1e-7 is float32's, another gradient gives 1e-2
 
 
 @dataclass
@@ -26,7 +32,8 @@ class ProbeSession:
 
     The E-batch is drawn from the parameters of before the step, put back for the time of the probe. Random streams,
     modes and parameters are as they were when it is over. A probe that fails is recorded as failed, and training
-    goes on.
+    goes on. Of several processes each draws and scores a share of the E-batch, all have the same record, and if one
+    fails, all record the failure.
 
     Args:
         model: the policy.
@@ -39,9 +46,12 @@ class ProbeSession:
         seed: of the choice of prompts and of their completions.
         resample_prompts: other prompts at every probe, instead of one set for the run.
         sample_batch_size: completions sampled at once; None takes up to 256.
+        peers: the run's processes.
+        prompts_in_u: how many of ``prompts`` the run trains on too, for the record; None where that is not known.
 
     Raises:
-        ValueError: if the numbers do not fit each other or the pool, or a prompt does not fit the model's context.
+        ValueError: if the numbers do not fit each other or the pool, a prompt does not fit the model's context, or
+            processes have other prompts than their peers.
     """
 
     model: nn.Module
@@ -54,16 +64,20 @@ class ProbeSession:
     seed: int = 0
     resample_prompts: bool = False
     sample_batch_size: int | None = None
+    peers: Peers = ALONE
+    prompts_in_u: int | None = None
+    _prompt_tokens: int = field(default=0, init=False, repr=False)
     _recorder: UpdateRecorder | None = field(default=None, init=False, repr=False)
     _failure: Exception | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.peers.agree("the E prompts", fingerprint(self.prompts))  # first: what follows is then the same for all
         if self.completions_per_prompt < 1 or self.num_sequences % self.completions_per_prompt:
             raise ValueError(
                 f"expected num_sequences as a multiple of completions_per_prompt, got {self.num_sequences} and "
                 f"{self.completions_per_prompt}"
             )
-        needed = self.num_sequences // self.completions_per_prompt
+        needed = self._prompts_needed
         if needed < 2:
             raise ValueError(f"expected at least 2 E prompts, for an error bar, got {needed}")
         if len(self.prompts) < needed:
@@ -71,7 +85,7 @@ class ProbeSession:
                 f"expected at least {needed} E prompts (num_sequences={self.num_sequences}, completions_per_prompt="
                 f"{self.completions_per_prompt}), got {len(self.prompts)}: give more prompts or lower num_sequences"
             )
-        check_prompts(self.model, self.tokenizer, self.prompts, self.max_new_tokens)
+        self._prompt_tokens = check_prompts(self.model, self.tokenizer, self.prompts, self.max_new_tokens)
 
     @property
     def armed(self) -> bool:
@@ -82,6 +96,17 @@ class ProbeSession:
     def passes(self) -> int:
         """Passes over E that a probe takes, sampling counted as one."""
         return self.probe.passes(lr=1.0) + 1
+
+    def memory(self) -> ProbeMemory:
+        """What a probe will need in this process, beside what the run holds."""
+        share = -(-self._prompts_needed // self.peers.size) * self.completions_per_prompt
+        return probe_memory(
+            self.model,
+            self.probe,
+            rows=min(share, self.sample_batch_size or share),
+            prompt_tokens=self._prompt_tokens,
+            max_new_tokens=self.max_new_tokens,
+        )
 
     def arm(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the step: keep θ. What goes wrong here is recorded after the step, as a failed probe."""
@@ -115,51 +140,90 @@ class ProbeSession:
         """
         record = self._record(step, "ok")
         start = time.perf_counter()
+        memory = None
         try:
-            if self._failure is not None:
-                raise self._failure
-            if self._recorder is None:
-                raise RuntimeError("no step is being watched: call arm() before the optimizer's step")
-            record["lr"] = self._recorder.read().lr
-            record |= self._measured(self._recorder, step, on_pass)
+            with peak_memory(model_device(self.model)) as memory:
+                record |= self._measured(record, step, on_pass)
         except Exception as error:  # whatever goes wrong here must not end a training run
             record |= {"status": "failed", "message": f"{type(error).__name__}: {error}"}
             warnings.warn(f"entropy probe at step {step} failed, training goes on. {record['message']}", stacklevel=2)
         finally:
             self.disarm()
+        record["memory"] = None if memory is None else {"kind": memory.kind, "added_bytes": memory.added}
         record.setdefault("seconds", {})["total"] = time.perf_counter() - start
         return record
 
     def e_prompts(self, step: int) -> list[str]:
         """The E prompts of a step: one seeded choice for the run, or one per step."""
         stream = random.Random(f"{self.seed}, step {step}" if self.resample_prompts else f"{self.seed}")
-        return stream.sample(self.prompts, self.num_sequences // self.completions_per_prompt)
+        return stream.sample(self.prompts, self._prompts_needed)
 
-    @staticmethod
-    def _record(step: int, status: str) -> Record:
-        return {"schema": SCHEMA, "kind": "probe", "step": step, "status": status, "message": None}
+    def _record(self, step: int, status: str) -> Record:
+        prompts = {
+            "count": self._prompts_needed,
+            "sha256": fingerprint(self.e_prompts(step)),
+            "in_u": self.prompts_in_u,
+        }
+        return {
+            "schema": SCHEMA,
+            "kind": "probe",
+            "step": step,
+            "status": status,
+            "message": None,
+            "e_prompts": prompts,
+            "processes": self.peers.size,
+        }
 
-    def _measured(self, recorder: UpdateRecorder, step: int, on_pass: Callable[[str], None]) -> Record:
-        update = recorder.update
+    def _measured(self, record: Record, step: int, on_pass: Callable[[str], None]) -> Record:
+        update = self._read(record)
         if update.norm() == 0:
             message = "the step did not move the policy (a learning rate of zero, or no gradient)"
             return {"status": "no_movement", "message": message}
+        assert self._recorder is not None
         seconds: dict[str, float] = {}
-        with recorder.at_theta_before():
-            with timed(seconds, "sampling", self.model):
-                rollout = self._draw(step)
+        with self._recorder.at_theta_before():
+            with self.peers.together():
+                with timed(seconds, "sampling", self.model):
+                    rollout = self._draw(step)
+                self.peers.exchange(None)
             on_pass("sampling")
-            result = self.probe.measure(self.model, rollout, update, on_pass=on_pass).to_dict()
+            scores = self.probe.collect(self.model, rollout, update, peers=self.peers, on_pass=on_pass)
+        result = self.probe.reduce(scores, update).to_dict()
         result["seconds"] = seconds | result["seconds"]
-        lengths = rollout.completion_lengths.double()
-        return result | {"mean_completion_length": float(lengths.mean())}
+        return result | {"mean_completion_length": float(scores.base.mask.sum(1).double().mean())}
+
+    def _read(self, record: Record) -> UpdateVector:
+        """The step, if all processes have taken the same one."""
+        with self.peers.together():
+            if self._failure is not None:
+                raise self._failure
+            if self._recorder is None:
+                raise RuntimeError("no step is being watched: call arm() before the optimizer's step")
+            update = self._recorder.read(keep=False)  # what it refers to stays as it is until the probe is over
+            record["lr"] = update.lr
+            norms = self.peers.exchange(update.norm())
+        if max(norms) - min(norms) > SAME_STEP * max(norms):
+            raise ValueError(
+                f"expected all {self.peers.size} processes to take the same step, got norms {norms}: their gradients "
+                "are not reduced, so that they train policies of their own; probe each in a run of its own"
+            )
+        return update
+
+    @property
+    def _prompts_needed(self) -> int:
+        return self.num_sequences // self.completions_per_prompt
 
     def _draw(self, step: int) -> Rollout:
-        with isolated_rng(derived_seed(self.seed, f"completions of step {step}")), self.probe.evaluation(self.model):
+        """This process's share of the E-batch."""
+        prompts = self.peers.share(self.e_prompts(step))
+        if not prompts:
+            return Rollout.empty(model_device(self.model))
+        purpose = f"completions of step {step}" + (f", process {self.peers.rank}" if self.peers.rank else "")
+        with isolated_rng(derived_seed(self.seed, purpose)), self.probe.evaluation(self.model):
             return sample_completions(
                 self.model,
                 self.tokenizer,
-                self.e_prompts(step),
+                prompts,
                 num_completions=self.completions_per_prompt,
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.probe.temperature,

@@ -57,6 +57,11 @@ class Peers:
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
 
+    def close(self) -> None:
+        """Give the group back; nothing can be exchanged after it."""
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+
     def share(self, items: list[T]) -> list[T]:
         """This process's part of a list, in order; parts differ by one item at most, and may be empty."""
         start, end = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))

@@ -20,9 +20,9 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     """The model as a probe uses it: eval mode, no autocast, no TF32, every floating tensor float32 or better.
 
     (TF32 only where `matmul_precision` asks for it.) What trainers wrap around ``forward`` is off: `torch.compile`, and
-    the autocast that Accelerate puts inside it, where no outer context reaches. Modes, tensors and settings are put back to the bit on leaving.
-    Quantized layers keep their weights and compute in float32. Entering it again inside costs nothing but a walk over
-    the modules.
+    the autocast that Accelerate puts inside it, where no outer context reaches. Modes, tensors and settings are put
+    back to the bit on leaving. Quantized layers keep their weights and compute in float32. Entering it again inside
+    costs nothing but a walk over the modules.
     """
     with (
         evaluation_mode(model),
@@ -65,9 +65,7 @@ def float64_evaluation(model: nn.Module) -> Iterator[None]:
 def quantized_layers(model: nn.Module) -> list[str]:
     """Names of the layers whose weights are quantized (bitsandbytes), recognised without importing the library."""
     return [
-        name
-        for name, module in model.named_modules()
-        if any(_is_quantized(p) for p in module.parameters(recurse=False))
+        name for name, module in model.named_modules() if any(is_quantized(p) for p in module.parameters(recurse=False))
     ]
 
 
@@ -221,7 +219,7 @@ def _at_least(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                     kept.append((slots, name, tensor))
     # What a 4-bit layer dequantizes into: forwards by the layer's own setting, backwards by its weights'.
     holders: list[tuple[Any, str]] = [(module, "compute_dtype") for module in model.modules()]
-    holders += [(getattr(p, "quant_state", None), "dtype") for p in model.parameters() if _is_quantized(p)]
+    holders += [(getattr(p, "quant_state", None), "dtype") for p in model.parameters() if is_quantized(p)]
     compute = [(holder, name, getattr(holder, name, None)) for holder, name in holders]
     compute = [entry for entry in compute if isinstance(entry[2], torch.dtype) and entry[2] != dtype]
     try:
@@ -242,9 +240,10 @@ def _at_least(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _narrower(tensor: Tensor, dtype: torch.dtype) -> bool:
-    plain = tensor.is_floating_point() and not _is_quantized(tensor)
+    plain = tensor.is_floating_point() and not is_quantized(tensor)
     return plain and torch.promote_types(tensor.dtype, dtype) != tensor.dtype
 
 
-def _is_quantized(tensor: Tensor) -> bool:
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether a parameter is bitsandbytes' (recognised without importing the library)."""
     return type(tensor).__module__.startswith("bitsandbytes")

@@ -127,13 +127,18 @@ def sample_completions(
 
 def check_prompts(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
-) -> None:
+) -> int:
     """Refuse prompts that :func:`sample_completions` would refuse, before anything is sampled.
+
+    Returns:
+        Tokens of the longest prompt.
 
     Raises:
         ValueError: if a prompt has no token, or prompt and completion do not fit the model's context.
     """
-    _check_context(_generating_model(model), _tokenize(tokenizer, prompts), max_new_tokens)
+    tokens = _tokenize(tokenizer, prompts)
+    _check_context(_generating_model(model), tokens, max_new_tokens)
+    return max(map(len, tokens))
 
 
 def decode_completions(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:

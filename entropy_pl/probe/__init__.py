@@ -4,18 +4,24 @@ Model passes and arithmetic are apart: :meth:`EntropyProbe.collect` scores, :met
 :meth:`EntropyProbe.measure` does both. Whoever wants other estimates of the same scores reduces them again.
 """
 
+from entropy_pl.probe.cost import ProbeMemory, probe_memory
 from entropy_pl.probe.engine import EntropyProbe, Precision
+from entropy_pl.probe.memory import PeakMemory, peak_memory
 from entropy_pl.probe.result import ProbeResult, SweepPoint, SymmetricPoint
 from entropy_pl.probe.scores import ProbeScores, prompt_clusters
 from entropy_pl.probe.timing import timed
 
 __all__ = [
     "EntropyProbe",
+    "PeakMemory",
     "Precision",
+    "ProbeMemory",
     "ProbeResult",
     "ProbeScores",
     "SweepPoint",
     "SymmetricPoint",
+    "peak_memory",
+    "probe_memory",
     "prompt_clusters",
     "timed",
 ]

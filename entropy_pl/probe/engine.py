@@ -278,10 +278,9 @@ class EntropyProbe:
             power_law=fit_power_law([p.eta for p in forward], [p.true.value for p in forward]),
             lr=update.lr,
             update_norm=update.norm(),
-            update_components=None
-            if update.components is None
-            else {name: UpdateVector(part, update.lr).norm() for name, part in update.components.items()},
+            update_components=update.component_norms(),
             update_gap=update.gap(),
+            update_split_absent=update.split_absent,
             method=scores.method,
             difference_step=scores.difference_step,
             seconds=dict(scores.seconds),

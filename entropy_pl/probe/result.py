@@ -72,6 +72,7 @@ class ProbeResult:
         update_norm: ‖v‖.
         update_components: norm of each component of v, where the optimizer could be taken apart.
         update_gap: what the components leave unexplained, relative to ‖v‖.
+        update_split_absent: why there are no components, in words; None where there are.
         method: how the first derivatives were made.
         difference_step: h of the central difference behind the derivatives, in η.
         seconds: wall time per phase.
@@ -90,6 +91,7 @@ class ProbeResult:
     update_norm: float
     update_components: dict[str, float] | None
     update_gap: float | None
+    update_split_absent: str | None
     method: str
     difference_step: float | None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -122,6 +124,7 @@ class ProbeResult:
             "update_norm": self.update_norm,
             "update_components": self.update_components,
             "update_gap": self.update_gap,
+            "update_split_absent": self.update_split_absent,
             "method": self.method,
             "difference_step": self.difference_step,
             "seconds": self.seconds,

@@ -59,7 +59,6 @@ class ProbeScores:
             self.seconds,
         )
 
-
     def to(self, device: torch.device | str) -> ProbeScores:
         """The same numbers on another device."""
         return replace(

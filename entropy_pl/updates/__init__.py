@@ -4,6 +4,7 @@ from entropy_pl.updates.displace import displaced, parameters_set_to
 from entropy_pl.updates.optimizer_state import MatchedState, match_optimizer_state
 from entropy_pl.updates.rebuild import clip_gradients, rebuild_update
 from entropy_pl.updates.record import UpdateRecorder, record_update
+from entropy_pl.updates.steps import inner_optimizer, was_skipped, watch_steps
 from entropy_pl.updates.vector import UpdateVector
 
 __all__ = [
@@ -12,8 +13,11 @@ __all__ = [
     "UpdateVector",
     "clip_gradients",
     "displaced",
+    "inner_optimizer",
     "match_optimizer_state",
     "parameters_set_to",
     "rebuild_update",
     "record_update",
+    "was_skipped",
+    "watch_steps",
 ]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from entropy_pl.updates.vector import Direction
-
 COMPONENTS = ("momentum", "gradient", "weight_decay")
 # One parameter's components, in that order, and its preconditioner.
 Split = tuple[list[Tensor], Tensor]
+# From one parameter's θ before the step to its split.
+Splitter = Callable[[Tensor], Split]
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,21 @@ def is_adam_like(optimizer: object) -> bool:
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 
-def adam_components(
-    optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor], names: Mapping[int, str], lr_ref: float
-) -> tuple[dict[str, Direction], Direction]:
-    """Split the step just taken, from the optimizer's state after it and the gradients still in place.
+def adam_splits(optimizer: torch.optim.Optimizer, names: Mapping[int, str], lr_ref: float) -> dict[str, Splitter]:
+    """How to split the step just taken, from the optimizer's state after it and the gradients still in place.
+
+    The splitters refer to state and gradients and copy nothing: they hold until the optimizer steps again or zeroes
+    its gradients in place.
 
     Args:
         optimizer: Adam or AdamW, right after its step.
-        before: parameter name → θ before the step.
         names: ``id(parameter)`` → name.
         lr_ref: the reference learning rate, > 0.
 
     Returns:
-        As :func:`by_part`, over the parameters in ``names``.
+        By name, over the parameters in ``names``, in the optimizer's order.
     """
-    splits: dict[str, Split] = {}
+    splits: dict[str, Splitter] = {}
     for group in optimizer.param_groups:
         settings = AdamSettings.of(group, decoupled=isinstance(optimizer, torch.optim.AdamW))
         for parameter in group["params"]:
@@ -103,8 +104,34 @@ def adam_components(
                 continue
             state = optimizer.state.get(parameter)
             moments = AdamMoments.of(state) if state else None
-            splits[name] = split_step(settings, moments, parameter.grad, before[name], settings.lr / lr_ref)
-    return by_part(splits)
+            gradient = None if parameter.grad is None else parameter.grad.detach()
+            splits[name] = partial(split_step, settings, moments, gradient, scale=settings.lr / lr_ref)
+    return splits
+
+
+def next_moments(settings: AdamSettings, moments: AdamMoments | None, gradient: Tensor, theta: Tensor) -> AdamMoments:
+    """Adam's moments after one more gradient, in float64.
+
+        m_t = β₁ m_{t−1} + (1−β₁) g,    v_t = β₂ v_{t−1} + (1−β₂) g²        (Kingma & Ba 2015)
+
+    Args:
+        settings: of the parameter's group.
+        moments: before the step; None before the first.
+        gradient: as the optimizer sees it, of θ's shape.
+        theta: θ before the step.
+    """
+    seen = settings.seen(gradient.double(), theta.double())
+    if moments is None:
+        zero = torch.zeros_like(seen)
+        moments = AdamMoments(0.0, zero, zero, zero)
+    beta1, beta2 = settings.betas
+    first = beta1 * moments.exp_avg.to(seen) + (1 - beta1) * seen
+    second = beta2 * moments.exp_avg_sq.to(seen) + (1 - beta2) * seen.square()
+    largest = None
+    if settings.amsgrad:
+        assert moments.max_exp_avg_sq is not None, "amsgrad keeps max_exp_avg_sq"
+        largest = torch.maximum(moments.max_exp_avg_sq.to(seen), second)
+    return AdamMoments(moments.step + 1, first, second, largest)
 
 
 def split_step(
@@ -137,15 +164,20 @@ def split_step(
     (beta1, beta2), step = settings.betas, moments.step
     second = moments.max_exp_avg_sq if settings.amsgrad else moments.exp_avg_sq
     assert second is not None, "amsgrad keeps max_exp_avg_sq"
-    denominator = (second.double() / (1 - beta2**step)).sqrt() + settings.eps
-    preconditioner = scale * (1 - beta1) / ((1 - beta1**step) * denominator)
+    # In place, on tensors of its own: of a large parameter every float64 copy counts.
+    denominator = (second.double() / (1 - beta2**step)).sqrt_().add_(settings.eps)
+    preconditioner = scale * (1 - beta1) / denominator.mul_(1 - beta1**step)
+    del denominator, second
+    momentum = moments.exp_avg.double() / (1 - beta1)
+    momentum -= settings.seen(gradient, theta)  # β₁ m_{t−1} / (1−β₁)
+    momentum.mul_(preconditioner).neg_()
     decay = settings.weight_decay * theta
-    momentum = moments.exp_avg.double() / (1 - beta1) - settings.seen(gradient, theta)  # β₁ m_{t−1} / (1−β₁)
-    weight_decay = -scale * decay if settings.decoupled_weight_decay else -preconditioner * decay
-    return [-preconditioner * momentum, -preconditioner * (settings.sign * gradient), weight_decay], preconditioner
+    del theta
+    decay = decay.mul_(-scale) if settings.decoupled_weight_decay else decay.mul_(preconditioner).neg_()
+    return [momentum, (settings.sign * gradient).mul_(preconditioner).neg_(), decay], preconditioner
 
 
-def by_part(splits: Mapping[str, Split]) -> tuple[dict[str, Direction], Direction]:
+def by_part(splits: Mapping[str, Split]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Gather the parameters' splits.
 
     Returns:

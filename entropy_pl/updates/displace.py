@@ -51,10 +51,15 @@ def parameters_set_to(model: nn.Module, values: Mapping[str, Tensor]) -> Iterato
 @contextmanager
 def displaced(model: nn.Module, update: UpdateVector, eta: float) -> Iterator[None]:
     """The model at θ+ηv, formed in float64 and rounded once to the parameter's dtype, float32 at the least."""
-    values = {}
-    for name, parameter in parameters_named(model, update.direction).items():
-        theta = parameter.data
-        moved = theta.double() + eta * update.direction[name].to(theta.device, torch.float64)
-        values[name] = moved.to(torch.promote_types(theta.dtype, torch.float32))
+    values = {
+        name: _moved(parameter.data, update.direction[name], eta)
+        for name, parameter in parameters_named(model, update.direction).items()
+    }
     with parameters_set_to(model, values):
         yield
+
+
+def _moved(theta: Tensor, direction: Tensor, eta: float) -> Tensor:
+    """One parameter's θ+ηv; nothing in float64 outlives it."""
+    moved = theta.double() + eta * direction.to(theta.device, torch.float64)
+    return moved.to(torch.promote_types(theta.dtype, torch.float32))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from entropy_pl.updates.adamw import AdamMoments, AdamSettings, by_part, split_step
+from entropy_pl.updates.adamw import AdamSettings, by_part, next_moments, split_step
 from entropy_pl.updates.optimizer_state import MatchedState
 from entropy_pl.updates.vector import UpdateVector
 
@@ -23,11 +23,8 @@ def rebuild_update(
 ) -> UpdateVector:
     """Compute v = Δθ/lr_ref of the next Adam or AdamW step and its components, in float64; nothing is changed.
 
-    The moments take the gradient in as torch's step would,
-
-        m_t = β₁ m_{t−1} + (1−β₁) g,    v_t = β₂ v_{t−1} + (1−β₂) g²        (Kingma & Ba 2015)
-
-    and the step follows from them as in :func:`~entropy_pl.updates.adamw.split_step`.
+    The moments take the gradient in as torch's step would (:func:`~entropy_pl.updates.adamw.next_moments`), and the
+    step follows from them as in :func:`~entropy_pl.updates.adamw.split_step`.
 
     Args:
         parameters: parameter name → θ.
@@ -58,22 +55,6 @@ def rebuild_update(
     momentum, gradient_part, weight_decay = components.values()
     direction = {name: momentum[name] + gradient_part[name] + weight_decay[name] for name in parameters}
     return UpdateVector(direction, lr_ref, components, preconditioner)
-
-
-def next_moments(settings: AdamSettings, moments: AdamMoments | None, gradient: Tensor, theta: Tensor) -> AdamMoments:
-    """Adam's moments after one more gradient, in float64; None before the first. See :func:`rebuild_update`."""
-    seen = settings.seen(gradient.double(), theta.double())
-    if moments is None:
-        zero = torch.zeros_like(seen)
-        moments = AdamMoments(0.0, zero, zero, zero)
-    beta1, beta2 = settings.betas
-    first = beta1 * moments.exp_avg.to(seen) + (1 - beta1) * seen
-    second = beta2 * moments.exp_avg_sq.to(seen) + (1 - beta2) * seen.square()
-    largest = None
-    if settings.amsgrad:
-        assert moments.max_exp_avg_sq is not None, "amsgrad keeps max_exp_avg_sq"
-        largest = torch.maximum(moments.max_exp_avg_sq.to(seen), second)
-    return AdamMoments(moments.step + 1, first, second, largest)
 
 
 @torch.no_grad()

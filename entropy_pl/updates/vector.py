@@ -3,12 +3,79 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-Direction = dict[str, Tensor]
+Direction = Mapping[str, Tensor]
+
+
+class LazyDirection(Mapping[str, Tensor]):
+    """A direction of which no tensor is kept: each is computed when it is asked for.
+
+    Args:
+        names: of the parameters, in order.
+        compute: name → tensor, float64, of the parameter's shape.
+    """
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._compute = compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._compute(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # the mixin's would compute
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def scaled(self, factor: float) -> LazyDirection:
+        """Times a number."""
+        return LazyDirection(self._names, lambda name: self._compute(name) * factor)
+
+
+class LazyComponents(Mapping[str, Direction]):
+    """Components of which no tensor is kept, and which share the work where all of one parameter are asked for.
+
+    Args:
+        parts: their names, in order.
+        names: of the parameters, in order.
+        split: parameter name → part → tensor, float64, of the parameter's shape.
+    """
+
+    def __init__(self, parts: Iterable[str], names: Iterable[str], split: Callable[[str], dict[str, Tensor]]) -> None:
+        self._parts, self._names = dict.fromkeys(parts), dict.fromkeys(names)
+        self._split = split
+
+    def __getitem__(self, part: str) -> Direction:
+        if part not in self._parts:
+            raise KeyError(part)
+        return LazyDirection(self._names, lambda name: self._split(name)[part])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def of(self, name: str) -> dict[str, Tensor]:
+        """All parts of one parameter; none of a parameter that has no part."""
+        return self._split(name) if name in self._names else {}
+
+    def scaled(self, factor: float) -> LazyComponents:
+        """Times a number."""
+        return LazyComponents(
+            self._parts, self._names, lambda name: {part: v * factor for part, v in self._split(name).items()}
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +88,10 @@ class UpdateVector:
         components: ``momentum``, ``gradient`` and ``weight_decay``, each a direction; together they are ``direction``
             to rounding (:meth:`gap`). None where the optimizer is not Adam-like.
         preconditioner: P per parameter: the gradient component is −P∘g. None where there are no components.
+        split_absent: why there are no components, in words. None where there are some, or nobody asked for them.
+
+    Any of the directions may be lazy (:class:`LazyDirection`): then a tensor is new at every access. ``norm``, ``dot``,
+    ``gap`` and ``component_norms`` take one parameter after another and hold no more than that in float64.
 
     Example:
         >>> v = UpdateVector({"w": torch.tensor([3.0, 4.0])}, lr=0.1)
@@ -30,8 +101,9 @@ class UpdateVector:
 
     direction: Direction
     lr: float
-    components: dict[str, Direction] | None = field(default=None, repr=False)
+    components: Mapping[str, Direction] | None = field(default=None, repr=False)
     preconditioner: Direction | None = field(default=None, repr=False)
+    split_absent: str | None = field(default=None, repr=False)
 
     def norm(self) -> float:
         """Euclidean norm over all parameters."""
@@ -46,14 +118,15 @@ class UpdateVector:
         if self.direction.keys() != other.direction.keys():
             odd = sorted(self.direction.keys() ^ other.direction.keys())
             raise ValueError(f"expected two updates of the same parameters, got {odd[:3]} in one of them only")
-        return sum(_dot(value, other.direction[name]) for name, value in self.direction.items())
+        same = other.direction is self.direction  # a lazy one is computed once
+        return sum(_dot(value, value if same else other.direction[name]) for name, value in self.direction.items())
 
     def scaled(self, factor: float) -> UpdateVector:
         """The direction and its components times a number; lr stays."""
         return replace(
             self,
             direction=_scale(self.direction, factor),
-            components=self.components and {k: _scale(part, factor) for k, part in self.components.items()},
+            components=self.components and _scale_parts(self.components, factor),
             preconditioner=self.preconditioner and _scale(self.preconditioner, factor),
         )
 
@@ -61,11 +134,29 @@ class UpdateVector:
         """What the components leave unexplained: ‖v − Σ parts‖/‖v‖, or None without components."""
         if self.components is None:
             return None
-        rest = {
-            name: value - sum(part[name] for part in self.components.values() if name in part)
-            for name, value in self.direction.items()
-        }
-        return UpdateVector(rest, self.lr).norm() / max(self.norm(), torch.finfo(torch.float64).tiny)
+        rest, whole = [], []
+        for name, value in self.direction.items():
+            unexplained = value - sum(self._parts(name).values())
+            rest.append(_dot(unexplained, unexplained))
+            whole.append(_dot(value, value))
+        return math.sqrt(sum(rest)) / max(math.sqrt(sum(whole)), torch.finfo(torch.float64).tiny)
+
+    def component_norms(self) -> dict[str, float] | None:
+        """Euclidean norm of every component over all parameters, or None without components."""
+        if self.components is None:
+            return None
+        squares: dict[str, list[float]] = {part: [] for part in self.components}
+        for name in dict.fromkeys(name for part in self.components.values() for name in part):
+            for part, value in self._parts(name).items():
+                squares[part].append(_dot(value, value))
+        return {part: math.sqrt(sum(numbers)) for part, numbers in squares.items()}
+
+    def _parts(self, name: str) -> dict[str, Tensor]:
+        """One parameter's components."""
+        assert self.components is not None
+        if isinstance(self.components, LazyComponents):
+            return self.components.of(name)
+        return {part: direction[name] for part, direction in self.components.items() if name in direction}
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
@@ -73,4 +164,12 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def _scale(direction: Direction, factor: float) -> Direction:
+    if isinstance(direction, LazyDirection):
+        return direction.scaled(factor)
     return {name: value * factor for name, value in direction.items()}
+
+
+def _scale_parts(components: Mapping[str, Direction], factor: float) -> Mapping[str, Direction]:
+    if isinstance(components, LazyComponents):
+        return components.scaled(factor)
+    return {part: _scale(direction, factor) for part, direction in components.items()}

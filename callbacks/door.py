@@ -1,0 +1,333 @@
+"""What every door to the probe has in common: its options, the count of steps, and where records go."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+from tqdm import tqdm
+
+from entropy_pl.callbacks.attach import refuse_sharded
+from entropy_pl.callbacks.prompts import DEFAULT_COLUMN, count_common
+from entropy_pl.callbacks.session import ProbeSession
+from entropy_pl.callbacks.sinks import Sink, publish, summarize
+from entropy_pl.estimators import Baseline
+from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
+from entropy_pl.peers import Peers
+from entropy_pl.policy.tangents import Method
+from entropy_pl.probe import EntropyProbe, Precision
+from entropy_pl.reporting import Record, RecordWriter, read_records
+from entropy_pl.reporting.records import plain
+from entropy_pl.updates.steps import was_skipped, watch_steps
+
+DEFAULT_MAX_NEW_TOKENS = 256
+NOT_COMPARED = ("seconds", "memory")  # of two records of one step: how the machine was, not what was found
+
+
+class ProbeDoor:
+    """Measures the entropy change of single optimizer steps, beside its first-order prediction.
+
+    Probed are optimizer steps n with n % every_n_steps == 0, counting from 0. The run is not changed by a bit: the
+    probe has its own random streams, works on the parameters of before the step, and puts everything back.
+
+    Args:
+        prompts: E prompts: strings ready for the tokenizer, chats (lists of messages, which go through its chat
+            template), a dataset with a column of either, or the path of a JSON-lines, CSV or Parquet file with one.
+            None takes the run's own E split, where it has one.
+        num_sequences: N, completions in the E-batch. The error bars shrink as 1/sqrt(N), the cost grows as N.
+        completions_per_prompt: how many of them share a prompt; error bars are then clustered by prompt.
+        every_n_steps: distance between probed steps; 0 turns the probe off.
+        etas: absolute step sizes to measure at, besides the multiples.
+        eta_multipliers: step sizes as multiples of that step's learning rate. The step really taken is always measured.
+        policy: attribute path of the Hugging Face or PEFT model. None finds it where there is one.
+        tokenizer: of the policy. None takes `tokenizer` or `processing_class` of the run.
+        optimizer: which of the run's optimizers is watched, by its number. None takes the one with the policy in it.
+        max_new_tokens: longest completion. None takes the run's, else 256.
+        temperature: E is drawn at it, with top_p = 1 and no top-k. None takes the run's, else 1.
+        normalize: `per_token` or `per_sequence`.
+        weighting: `prefix` (per-decision importance weights, less variance) or `sequence` (classical).
+        integrand: `rao_blackwell` (entropy at every prefix) or `surprisal` (-log-prob).
+        baseline: subtracted from the score term, in δH₁ and ΔH alike: `none`, `position`, `critic` (one more pass), or
+            `gae` (least variance, biased by its critic's error).
+        gae_lambda: λ of `gae`; 1 is the critic.
+        clip_log_weight: bound on the absolute log weight. None leaves the estimate unbiased to O(1/N).
+        confidence: of every interval.
+        method: how derivatives are made: `auto`, `forward_mode` or `central_difference`.
+        precision: `float32`, or `float64` for the whole forward pass of the probe.
+        max_batch_tokens: padded tokens per micro-batch of the probe. None bounds the memory of the logits.
+        sample_batch_size: completions of the E-batch sampled at once. None takes up to 256.
+        resample_prompts: draw other E prompts, seeded, at every probe.
+        prompt_column: where a dataset, or a row, keeps its prompt.
+        seed: of the E prompts and their completions.
+        reward_metric: logged metric that stands beside each probe as its reward.
+        output_directory: where records and figures go. None takes `entropy_probe` in the run's own folder.
+        progress_bar: show one while the probe works; never without a terminal.
+    """
+
+    refusal: type[Exception] = ValueError
+    """What a bad option or attachment raises."""
+
+    def __init__(
+        self,
+        prompts: Any = None,
+        num_sequences: int = 256,
+        completions_per_prompt: int = 1,
+        every_n_steps: int = 10,
+        etas: Sequence[float] | None = None,
+        eta_multipliers: Sequence[float] = (0.5, 1.0, 2.0),
+        policy: str | None = None,
+        tokenizer: Any = None,
+        optimizer: int | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        normalize: Normalize = "per_token",
+        weighting: Weighting = "prefix",
+        integrand: Integrand = "rao_blackwell",
+        baseline: Baseline = "none",
+        gae_lambda: float = 0.95,
+        clip_log_weight: float | None = None,
+        confidence: float = 0.95,
+        method: Method = "auto",
+        precision: Precision = "float32",
+        max_batch_tokens: int | None = None,
+        sample_batch_size: int | None = None,
+        resample_prompts: bool = False,
+        prompt_column: str = DEFAULT_COLUMN,
+        seed: int = 0,
+        reward_metric: str = "train/reward",
+        output_directory: str | None = None,
+        progress_bar: bool = True,
+    ) -> None:
+        self.every_n_steps = every_n_steps
+        self.records: list[Record] = []
+        self._prompts, self._prompt_column = prompts, prompt_column
+        self._policy, self._tokenizer, self._optimizer = policy, tokenizer, optimizer
+        self._sampling: dict[str, Any] = {
+            "num_sequences": num_sequences,
+            "completions_per_prompt": completions_per_prompt,
+            "seed": seed,
+            "resample_prompts": resample_prompts,
+            "sample_batch_size": sample_batch_size,
+        }
+        self._max_new_tokens, self._temperature = max_new_tokens, temperature
+        self._options: dict[str, Any] = {
+            "etas": tuple(etas or ()),
+            "eta_multipliers": tuple(eta_multipliers),
+            "normalize": normalize,
+            "weighting": weighting,
+            "integrand": integrand,
+            "baseline": baseline,
+            "gae_lambda": gae_lambda,
+            "clip_log_weight": clip_log_weight,
+            "confidence": confidence,
+            "method": method,
+            "precision": precision,
+            "max_batch_tokens": max_batch_tokens,
+        }
+        with self._refusing():
+            if every_n_steps < 0:
+                raise ValueError(f"expected every_n_steps ≥ 0 (0 is off), got {every_n_steps}")
+            EntropyProbe(**self._options, temperature=1.0 if temperature is None else temperature)
+        self._reward_metric = reward_metric
+        self._output_directory = output_directory
+        self._progress_bar = progress_bar
+        self._session: ProbeSession | None = None
+        self._watched: Any = None  # the optimizer, and the handle by which its steps are seen
+        self._handle: Any = None
+        self._writer: RecordWriter | None = None  # of the one process that writes
+        self._written: dict[int, Record] = {}
+        self._sinks: list[Sink] = []
+        self._step: int | None = None  # of the watched optimizer, the next one, counted from 0
+        self._attempted = False  # a step has begun and has not ended
+        self._was_open = False
+
+    def is_due(self, step: int) -> bool:
+        """Whether optimizer step ``step``, counted from 0, is probed; override for another schedule."""
+        return self.every_n_steps > 0 and step % self.every_n_steps == 0
+
+    def session_for(
+        self,
+        policy: nn.Module,
+        tokenizer: Any,
+        prompts: list[str],
+        temperature: float = 1.0,
+        max_new_tokens: int | None = None,
+        peers: Peers | None = None,
+    ) -> ProbeSession:
+        """The probing of one run; ``temperature`` and ``max_new_tokens`` are the run's, used where none was given.
+
+        Raises:
+            ValueError: if the options do not fit the prompts, or the prompts the policy (Lightning's
+                MisconfigurationException from Lightning's door).
+        """
+        temperature = temperature if self._temperature is None else self._temperature
+        with self._refusing():
+            return ProbeSession(
+                policy,
+                tokenizer,
+                prompts,
+                EntropyProbe(**self._options, temperature=temperature),
+                max_new_tokens=self._max_new_tokens or max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
+                peers=peers or Peers.of_this_run(),
+                **self._sampling,
+            )
+
+    # ------------------------------------------------------------------------------------------ for the doors to call
+
+    def _open(self, session: ProbeSession, optimizer: Any, directory: Path, sinks: Sequence[Sink]) -> None:
+        """A run begins: watch the optimizer's steps, and make ready what the first process writes to."""
+        self._close()
+        self.records, self._attempted, self._was_open = [], False, True
+        self._session, self._watched = session, optimizer
+        refuse_sharded(session.model, None)
+        if session.peers.rank == 0:
+            self._writer = _writer_in(directory)
+            self._written = _records_in(self._writer.path)
+            self._sinks = list(sinks)
+            for sink in self._sinks:
+                sink.prepare()
+            Console(soft_wrap=True).print(self._announcement(session), highlight=False, markup=False)
+        self._handle = watch_steps(optimizer, self._before_step, self._after_step)
+
+    def _note_update_prompts(self, update_prompts: Any) -> None:
+        """Count the E prompts that the run trains on, warn of them, and say so in every record."""
+        session = self._session
+        if session is None:
+            return
+        session.prompts_in_u = count_common(session.prompts, update_prompts, session.tokenizer, self._prompt_column)
+        if session.prompts_in_u and session.peers.rank == 0:
+            warnings.warn(
+                f"{session.prompts_in_u} of {len(session.prompts)} E prompts are prompts that this run trains on: the "
+                "entropy measured is that of prompts learnt, not of the task; give others as prompts",
+                stacklevel=2,
+            )
+
+    def _attempt(self) -> None:
+        """A step begins: a gradient scaler may skip it, and then the optimizer's own hooks say nothing."""
+        self._close_skipped()
+        self._attempted = True
+
+    def _close_skipped(self) -> None:
+        """A step that has not ended by now was skipped."""
+        if self._attempted and self._session is not None:
+            self._end_step(self._session.skipped)
+
+    def _finish(self) -> None:
+        """The run is over: show the probes as a table and a figure, and say where everything lies."""
+        self._close()
+        if self._writer is not None and self.records:
+            with whatever_happens("summarize the probes"):
+                summarize(self._writer.path, self._sinks)
+
+    def _close(self) -> None:
+        """Let go of the optimizer and of θ."""
+        if self._handle is not None:
+            self._handle.remove()
+        if self._session is not None:
+            self._session.disarm()
+            self._session.peers.close()
+        self._handle = self._watched = self._session = None
+
+    def _reward(self) -> float | None:
+        """The reward that stands beside a probe."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise self.refusal(str(error)) from error
+
+    # -------------------------------------------------------------------------------------------------- around a step
+
+    def _before_step(self) -> None:
+        if self._session is not None and self._step is not None and self.is_due(self._step):
+            self._session.arm(self._watched)
+
+    def _after_step(self) -> None:
+        session = self._session
+        if session is not None and self._step is not None:
+            # a fused optimizer under a gradient scaler skips inside its own step
+            self._end_step(session.skipped if was_skipped(self._watched) else self._measure)
+
+    def _end_step(self, record_of: Callable[[int], Record]) -> None:
+        if self._step is None:
+            return
+        step, self._step, self._attempted = self._step, self._step + 1, False
+        if self.is_due(step):
+            self._keep(record_of(step))
+
+    def _measure(self, step: int) -> Record:
+        assert self._session is not None
+        # disable=None: quiet without a terminal. Position 1 leaves the trainer's own bar alone.
+        with tqdm(
+            desc=f"entropy probe, step {step}",
+            total=self._session.passes,
+            unit="pass",
+            leave=False,
+            position=1,
+            disable=None if self._progress_bar and self._session.peers.rank == 0 else True,
+        ) as bar:
+
+            def advance(phase: str) -> None:
+                bar.set_postfix_str(phase, refresh=False)
+                bar.update()
+
+            return self._session.measure(step, advance)
+
+    def _keep(self, record: Record) -> None:
+        """Write the record at once, so that nothing measured is lost with the run; then show it."""
+        record["reward"] = self._reward()
+        self.records.append(record)
+        if self._writer is None:
+            return
+        with whatever_happens(f"write the record of step {record['step']}"):
+            if not _is_same(record, self._written.get(record["step"])):  # a resumed run takes steps again
+                self._writer.write(record)
+        with whatever_happens(f"log the probe of step {record['step']}"):
+            publish(record, self._sinks)
+
+    def _announcement(self, session: ProbeSession) -> str:
+        shared = f" shared by {session.peers.size} processes" if session.peers.size > 1 else ""
+        return (
+            f"entropy probe: every {self.every_n_steps} optimizer steps, {session.num_sequences} completions of up to "
+            f"{session.max_new_tokens} tokens{shared}, {session.passes} passes over them; memory beside the run's: "
+            f"{session.memory()}"
+        )
+
+
+def _writer_in(directory: Path) -> RecordWriter:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"expected a folder for the probe's records that can be written to, got {directory}: {error}"
+        ) from error
+    return RecordWriter(directory / "records.jsonl")
+
+
+def _records_in(path: Path) -> dict[int, Record]:
+    """What an earlier part of the run has written, the last record of every step."""
+    return {record["step"]: record for record in (read_records(path) if path.is_file() else []) if "step" in record}
+
+
+def _is_same(record: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    def found(of: Mapping[str, Any]) -> Record:
+        return {key: value for key, value in of.items() if key not in NOT_COMPARED}
+
+    return other is not None and found(plain(record)) == found(other)
+
+
+@contextmanager
+def whatever_happens(what: str) -> Iterator[None]:
+    """A full disk or a logger that is down must not end a training run."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"could not {what}, training goes on. {type(error).__name__}: {error}", stacklevel=3)

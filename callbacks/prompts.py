@@ -1,0 +1,133 @@
+"""E prompts in whatever form a run keeps them, as texts ready for the tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from entropy_pl.policy.rng import isolated_rng
+
+DEFAULT_COLUMN = "prompt"
+
+
+def prompt_texts(prompts: Any, tokenizer: PreTrainedTokenizerBase, column: str = DEFAULT_COLUMN) -> list[str]:
+    """The texts that a policy is given to complete.
+
+    Args:
+        prompts: strings; chats (lists of messages, dicts with ``role`` and ``content``), which go through the
+            tokenizer's chat template, up to where the assistant's turn begins; rows (dicts) that hold either in
+            ``column``; a dataset with such a column, or the path of a file with one: JSON lines, CSV or Parquet.
+        tokenizer: whose chat template is meant.
+        column: of a dataset, or of rows.
+
+    Raises:
+        ValueError: for something else, no such column, or a chat without a template.
+        FileNotFoundError: if there is no such file.
+    """
+    if isinstance(prompts, str | os.PathLike):
+        prompts = _read(os.fspath(prompts))
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise ValueError(
+            f"expected prompts as a list of strings, a list of chats or a dataset, got {type(prompts).__name__}"
+        )
+    columns = getattr(prompts, "column_names", None)
+    if columns is None:
+        rows = list(prompts)
+    elif column in columns:
+        rows = list(prompts[column])  # type: ignore[index]  # a dataset
+    else:
+        raise ValueError(
+            f"expected a column {column!r} in the dataset of prompts, got {list(columns)}: prompt_column='...'"
+        )
+    return [_text(prompt, index, tokenizer, column) for index, prompt in enumerate(rows)]
+
+
+def find_prompts(given: Any, kept: Any, tokenizer: PreTrainedTokenizerBase, column: str) -> list[str]:
+    """The prompts given, or else those that the run keeps for evaluation.
+
+    Raises:
+        ValueError: if there are none, or as :func:`prompt_texts`.
+    """
+    prompts = kept if given is None else given
+    if prompts is None:
+        raise ValueError(
+            "expected E prompts, got none: prompts=[...], strings, chats or a dataset that the run does not train on; "
+            "or train with a PromptDataModule, which keeps an E split apart"
+        )
+    return prompt_texts(prompts, tokenizer, column)
+
+
+def count_common(
+    prompts: Sequence[str], update_prompts: Any, tokenizer: PreTrainedTokenizerBase, column: str
+) -> int | None:
+    """How many of the E prompts are U prompts too; None where the run's data does not tell its prompts.
+
+    Args:
+        prompts: E, as texts.
+        update_prompts: whatever the run trains on: anything :func:`prompt_texts` understands, or something else.
+        tokenizer: of the policy.
+        column: of a dataset.
+    """
+    if not (isinstance(update_prompts, list | tuple) or hasattr(update_prompts, "column_names")):
+        return None  # a stream, or rows made as they are asked for: reading it would be felt by the run
+    try:
+        with isolated_rng():  # a dataset may transform its rows at random
+            learnt = set(prompt_texts(update_prompts, tokenizer, column))
+    except (ValueError, TypeError):
+        return None  # tensors of tokens, say
+    return len(learnt.intersection(prompts))
+
+
+def fingerprint(prompts: Iterable[str]) -> str:
+    """Tells two sets of prompts apart: the first 16 hexadecimal digits of a SHA-256."""
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
+
+
+def _read(path: str) -> Any:
+    from datasets import load_dataset  # seconds that other forms need not pay
+
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    kind = kinds.get(os.path.splitext(path)[1])
+    if kind is None:
+        raise ValueError(f"expected a file of prompts, {', '.join(kinds)}, got {path!r}; one prompt alone is [prompt]")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"expected a file of prompts, got {path}, no such file")
+    return load_dataset(kind, data_files=path, split="train")
+
+
+def _text(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase, column: str) -> str:
+    if isinstance(prompt, Mapping) and "role" not in prompt:
+        if column not in prompt:
+            raise ValueError(f"expected {column!r} in every row of prompts, row {index} has {list(prompt)}")
+        prompt = prompt[column]
+    if isinstance(prompt, str):
+        return prompt
+    if not _is_chat(prompt):
+        raise ValueError(
+            f"expected prompt {index} as a string or a chat, [{{'role': ..., 'content': ...}}, ...], got "
+            f"{type(prompt).__name__}"
+        )
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"expected a tokenizer with a chat template for the chat in prompt {index}, got {type(tokenizer).__name__} "
+            "without one: set tokenizer.chat_template, or give prompts as strings"
+        )
+    continued = prompt[-1]["role"] == "assistant"  # the policy goes on with what is there of its turn
+    return str(
+        tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
+        )
+    )
+
+
+def _is_chat(prompt: Any) -> bool:
+    return (
+        isinstance(prompt, Sequence)
+        and len(prompt) > 0
+        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in prompt)
+    )

@@ -1,0 +1,178 @@
+"""The probe in a run of Hugging Face's Trainer or TRL's GRPOTrainer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
+
+from entropy_pl.callbacks.attach import find_optimizer, find_policy, find_tokenizer, refuse_sharded
+from entropy_pl.callbacks.door import ProbeDoor
+from entropy_pl.callbacks.prompts import find_prompts
+from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
+
+
+class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
+    """Measures the entropy change of single optimizer steps of a Hugging Face Trainer, TRL's GRPOTrainer above all.
+
+    Everything else is :class:`~entropy_pl.callbacks.door.ProbeDoor`'s: the same probe, records and TensorBoard tags as
+    in a Lightning run. `temperature` and `max_new_tokens` are by default those of the GRPOConfig, E prompts those of
+    the trainer's evaluation dataset.
+
+    Args:
+        prompts: E prompts: strings, chats, or a dataset with a column of either.
+        trainer: the Trainer that this callback is added to. With it the probe's curves go to all that its `report_to`
+            names, and each probe has its own step's reward beside it; without it, to TensorBoard alone, in a folder of
+            their own, with the reward that was logged last.
+        options: as for :class:`~entropy_pl.callbacks.door.ProbeDoor`.
+
+    Raises:
+        ValueError: at construction for an option out of range; when training begins if no policy, tokenizer or prompts
+            can be found, or the run is of a kind that cannot be probed.
+
+    Example:
+        trainer = GRPOTrainer(model, reward_funcs, args=args, train_dataset=train, peft_config=LoraConfig())
+        trainer.add_callback(EntropyProbeTrainerCallback(evaluation_prompts, trainer=trainer, every_n_steps=10))
+        trainer.train()
+    """
+
+    def __init__(self, prompts: Any = None, *, trainer: Trainer | None = None, **options: Any) -> None:
+        super().__init__(prompts, **options)
+        self._trainer = trainer
+        self._state: TrainerState | None = None
+        self._writer_of_our_own: SummaryWriter | None = None
+
+    def directory(self, args: TrainingArguments) -> Path:
+        """Where records and figures go."""
+        return Path(self._output_directory or Path(args.output_dir or ".") / "entropy_probe")
+
+    # --------------------------------------------------------------------------------------------- the Trainer's events
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        processing_class: Any = None,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """Find what the probe needs, and refuse now rather than in an hour."""
+        self._state, self._step = state, state.global_step
+        if self.every_n_steps == 0:
+            return
+        assert model is not None
+        with self._refusing():
+            policy = find_policy(model, self._policy)
+            refuse_sharded(policy, _sharding(args))
+            tokenizer = find_tokenizer(processing_class if self._tokenizer is None else self._tokenizer, [])
+            session = self.session_for(
+                policy,
+                tokenizer,
+                find_prompts(
+                    self._prompts, getattr(self._trainer, "eval_dataset", None), tokenizer, self._prompt_column
+                ),
+                getattr(args, "temperature", 1.0),
+                getattr(args, "max_completion_length", None),
+            )
+            watched = find_optimizer([optimizer], policy, self._optimizer)
+            sinks = self._find_sinks(args, state, control) if session.peers.rank == 0 else []
+            self._open(session, watched, self.directory(args), sinks)
+        self._note_update_prompts(getattr(train_dataloader, "dataset", None))
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """Note that a step begins."""
+        self._attempt()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """A step that has not ended by now was skipped."""
+        self._close_skipped()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Show the probes as a table and a figure, and say where everything lies."""
+        self._finish()
+        if self._writer_of_our_own is not None:
+            self._writer_of_our_own.close()
+            self._writer_of_our_own = None
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Refuse a Trainer that only evaluates."""
+        if self.every_n_steps and not self._was_open:
+            raise ValueError(
+                "expected a run that trains, got an evaluation: the probe measures optimizer steps. Leave it out, turn "
+                "it off with every_n_steps=0, or measure a checkpoint with entropy-pl measure"
+            )
+
+    # -------------------------------------------------------------------------------------------------------- details
+
+    def _reward(self) -> float | None:
+        """This step's, where the trainer is known and keeps it (TRL does), else the one that was logged last."""
+        key = self._reward_metric.removeprefix("train/")
+        metrics = getattr(self._trainer, "_metrics", None)
+        values = metrics["train"].get(key) if isinstance(metrics, Mapping) and "train" in metrics else None
+        if values:
+            return float(values[-1])
+        logged = () if self._state is None else reversed(self._state.log_history)
+        return next((float(entry[key]) for entry in logged if key in entry), None)
+
+    def _find_sinks(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> list[Sink]:
+        if self._trainer is None:
+            return self._sinks_without_trainer(args)
+        sinks: list[Sink] = []
+        for callback in self._trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                if callback.tb_writer is not None:
+                    sinks.append(TensorBoardSink(callback.tb_writer, callback.tb_writer.log_dir))
+            elif type(callback) in INTEGRATION_TO_CALLBACK.values():
+                sinks.append(ReporterSink(callback, args, state, control))
+        return sinks
+
+    def _sinks_without_trainer(self, args: TrainingArguments) -> list[Sink]:
+        others = [name for name in args.report_to or () if name not in ("tensorboard", "none")]
+        if others:
+            warnings.warn(
+                f"the probe's curves do not reach {', '.join(others)}: it was not told its trainer. Add it as "
+                "trainer.add_callback(EntropyProbeTrainerCallback(..., trainer=trainer))",
+                stacklevel=2,
+            )
+        if "tensorboard" not in (args.report_to or ()):
+            return []
+        folder = self.directory(args) / "tensorboard"
+        self._writer_of_our_own = SummaryWriter(log_dir=str(folder))
+        return [TensorBoardSink(self._writer_of_our_own, str(folder))]
+
+
+class ReporterSink:
+    """One of the Trainer's reporting callbacks, given the probe's numbers as it is given the Trainer's own."""
+
+    tensorboard: str | None = None
+
+    def __init__(
+        self, callback: TrainerCallback, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        self._callback, self._event = callback, (args, state, control)
+
+    def prepare(self) -> None:
+        """Nothing to lay out."""
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Log numbers; the integration puts them on its own step axis, which counts as the Trainer does."""
+        self._callback.on_log(*self._event, logs=dict(values), model=None)
+
+    def figure(self, tag: str, draw: Callable[[], Figure], step: int) -> None:
+        """These callbacks take no pictures."""
+
+
+def _sharding(args: TrainingArguments) -> str | None:
+    """What the arguments say of parameters that no process holds whole."""
+    kinds = {"deepspeed": "DeepSpeed", "fsdp": "FSDP"}
+    return next((shown for name, shown in kinds.items() if getattr(args, name, None)), None)

@@ -1,0 +1,93 @@
+"""What a probe will take, said before it is taken."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from entropy_pl.policy.adapter import trainable_parameters
+from entropy_pl.policy.precision import is_quantized
+from entropy_pl.policy.sample import MAX_ROWS
+from entropy_pl.policy.score import HEAD_CHUNK_BYTES, default_batch_tokens, output_head
+from entropy_pl.probe.engine import EntropyProbe
+
+HEAD_TEMPORARIES = 4  # of a chunk of logits in the entropy's dtype: shifted, exponentials, products, and the chunk
+
+
+@dataclass(frozen=True)
+class ProbeMemory:
+    """Bytes that a probe needs in one process, beside what the run holds anyway.
+
+    Args:
+        snapshot: θ before the step, in the parameters' own dtype; kept from the step's start to the probe's end.
+        displaced: θ+ηv, in float32 or better.
+        widened: parameters narrower than the probe's precision, held in it for the time.
+        cache: keys and values while sampling.
+        scoring: one micro-batch's logits, what softmax and entropy make of a chunk of them, and its activations.
+    """
+
+    snapshot: int
+    displaced: int
+    widened: int
+    cache: int
+    scoring: int
+
+    @property
+    def total(self) -> int:
+        """At the worst moment: sampling and scoring do not overlap."""
+        return self.snapshot + self.widened + max(self.cache, self.displaced + self.scoring)
+
+    def __str__(self) -> str:
+        parts = {name: amount for name, amount in asdict(self).items() if amount >= 0.01 * self.total}
+        listed = ", ".join(f"{name} {_shown(amount)}" for name, amount in parts.items())
+        return f"{_shown(self.total)} ({listed})"
+
+
+def probe_memory(
+    model: nn.Module, probe: EntropyProbe, *, rows: int, prompt_tokens: int, max_new_tokens: int
+) -> ProbeMemory:
+    """The memory of one probe, by what its shapes say; docs/scaling.md has the formula.
+
+    Args:
+        model: the policy, as it is trained.
+        probe: its precision and its token budget.
+        rows: completions sampled at once in this process.
+        prompt_tokens: of the longest prompt.
+        max_new_tokens: of the longest completion.
+
+    Raises:
+        ValueError: if the policy has no trainable parameter.
+    """
+    wide = getattr(torch, probe.precision)
+    trainable = trainable_parameters(model).values()
+    floating = [p for p in model.parameters() if p.is_floating_point() and not is_quantized(p)]
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    hidden, vocabulary = output_head(model).in_features, output_head(model).weight.shape[0]
+    heads = getattr(config, "num_attention_heads", 1)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    layers = getattr(config, "num_hidden_layers", 1)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    length = prompt_tokens + max_new_tokens
+    tokens = min(probe.max_batch_tokens or default_batch_tokens(model), rows * length)
+    entropy_bytes = tokens * vocabulary * getattr(torch, probe.entropy_dtype).itemsize
+    return ProbeMemory(
+        snapshot=sum(p.numel() * p.element_size() for p in trainable),
+        displaced=sum(p.numel() * max(p.element_size(), wide.itemsize) for p in trainable),
+        widened=sum(p.numel() * wide.itemsize for p in floating if p.element_size() < wide.itemsize),
+        cache=2 * layers * kv_heads * head_size * min(rows, MAX_ROWS) * length * wide.itemsize,
+        scoring=tokens * (vocabulary + 8 * hidden + 3 * inner) * wide.itemsize
+        + HEAD_TEMPORARIES * min(HEAD_CHUNK_BYTES, entropy_bytes),
+    )
+
+
+def _shown(amount: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.3g} {unit}"
+        amount /= 1024
+    return f"{amount:.3g} GiB"

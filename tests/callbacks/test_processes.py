@@ -1,0 +1,127 @@
+"""The probe in runs of several processes, started as users start them: Lightning's DDP and ``accelerate launch``."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import build_model, build_tokenizer
+
+from entropy_pl import EntropyProbe, Rollout, UpdateVector, sample_completions
+from entropy_pl.policy.rng import derived_seed, isolated_rng
+from entropy_pl.reporting import read_records
+
+RUNS = Path(__file__).parent / "runs"
+DEADLINE = 150  # seconds; a run takes ten to twenty, a deadlock takes forever
+LIGHTNING = [sys.executable, str(RUNS / "lightning_run.py")]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(RUNS / "trl_run.py")]
+
+
+def start(command: list[str], folder: Path, ranks: int, **options: Any) -> list[dict[str, Any]]:
+    """Run it to its end; what every rank has left behind, its records parsed."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [*command, str(folder), json.dumps(options)],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(random.Random(str(folder)).randint(20_000, 60_000))},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    left = [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+    return [rank | {"records": json.loads(rank["records"])} for rank in left]
+
+
+def found(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key not in ("seconds", "memory")} for record in records]
+
+
+OPTIONS = {"num_sequences": 12, "every_n_steps": 1, "max_new_tokens": 6, "eta_multipliers": [], "precision": "float64"}
+
+
+def test_ddp_shares_the_batch_and_every_rank_has_the_result(tmp_path):
+    plain = start(LIGHTNING, tmp_path / "plain", 2, processes=2, probe=None)
+    probed = start(LIGHTNING, tmp_path / "probed", 2, processes=2, probe=OPTIONS)
+    first, second = (rank["records"] for rank in probed)
+    assert [(r["step"], r["status"], r["processes"]) for r in first] == [(0, "ok", 2), (1, "ok", 2)]
+    assert found(first) == found(second)
+    written = read_records(tmp_path / "probed/entropy_probe/records.jsonl")
+    assert [r["step"] for r in written] == [0, 1]  # once, by the first process
+    for without, with_probe in zip(plain, probed, strict=True):
+        assert torch.equal(without["random"], with_probe["random"])
+        for before, after in zip(without["weights"], with_probe["weights"], strict=True):
+            assert all(torch.equal(before[name], after[name]) for name in before)
+
+    # The oracle: one process, the very rollouts that the ranks drew, the step read off the saved weights. 1e-10 is a
+    # thousand times float64's rounding of a sum over some hundred tokens.
+    model, tokenizer = build_model().double(), build_tokenizer()
+    weights = probed[0]["weights"]
+    model.load_state_dict(weights[0], strict=False)
+    prompts = random.Random("0").sample([f"{a}+{b}=" for a in range(4) for b in range(4)], 12)
+    shares = []
+    for share, purpose in ((prompts[:6], "completions of step 0"), (prompts[6:], "completions of step 0, process 1")):
+        with isolated_rng(derived_seed(0, purpose)):
+            shares.append(sample_completions(model, tokenizer, share, max_new_tokens=6))
+    direction = {name: (weights[1][name] - weights[0][name]) / 1e-3 for name in weights[0]}
+    probe = EntropyProbe(eta_multipliers=(), precision="float64")
+    expected = probe.measure(model, Rollout.concatenate(shares), UpdateVector(direction, 1e-3)).to_dict()
+    [point], [theirs] = expected["sweep"], first[0]["sweep"]
+    for name in ("true", "first_order"):
+        for field in ("value", "stderr", "ci_low", "ess", "n_tokens"):
+            assert theirs[name][field] == pytest.approx(point[name][field], rel=1e-10), (name, field)
+    assert first[0]["entropy"]["value"] == pytest.approx(expected["entropy"]["value"], rel=1e-10)
+
+
+def test_a_rank_that_fails_fails_that_probe_everywhere(tmp_path):
+    """Rank 1 has no memory at step 0: both ranks record it, training goes on, and step 1 is measured."""
+    first, second = start(LIGHTNING, tmp_path, 2, processes=2, probe=OPTIONS, fails=[1, 0])
+    assert first["steps"] == second["steps"] == 2
+    assert [r["status"] for r in first["records"]] == [r["status"] for r in second["records"]] == ["failed", "ok"]
+    said = "OutOfMemoryError: no room for this rank's keys and values"
+    assert second["records"][0]["message"] == said
+    assert first["records"][0]["message"] == f"PeerError: process 1 failed: {said}"
+    assert found(first["records"][1:]) == found(second["records"][1:])
+
+
+def test_a_rank_without_a_prompt_takes_part(tmp_path):
+    """Two prompts, three processes."""
+    ranks = start(LIGHTNING, tmp_path, 3, processes=3, probe=OPTIONS | {"num_sequences": 2}, steps=1)
+    records = [found(rank["records"]) for rank in ranks]
+    assert [r["status"] for r in records[0]] == ["ok"]
+    assert records[0][0]["entropy"]["n_sequences"] == 2
+    assert records[0] == records[1] == records[2]
+
+
+def test_ranks_that_train_apart_are_told_so(tmp_path):
+    """No measurement is made of processes whose steps are not the same."""
+    first, second = start(LIGHTNING, tmp_path, 2, processes=2, probe=OPTIONS, apart=True, steps=1)
+    for rank in (first, second):
+        [record] = rank["records"]
+        assert record["status"] == "failed"
+        assert "expected all 2 processes to take the same step, got norms [" in record["message"]
+
+
+def test_grpo_under_accelerate_launch(tmp_path):
+    pytest.importorskip("trl", reason="TRL is not installed (extra 'trl')")
+    options = OPTIONS | {"precision": "float32"}
+    plain = start(ACCELERATE, tmp_path / "plain", 2, probe=None)
+    probed = start(ACCELERATE, tmp_path / "probed", 2, probe=options)
+    first, second = (found(rank["records"]) for rank in probed)
+    assert [(r["step"], r["status"], r["processes"]) for r in first] == [(0, "ok", 2), (1, "ok", 2)]
+    assert first == second
+    assert first[0]["entropy"]["n_sequences"] == 12
+    assert len(read_records(tmp_path / "probed/entropy_probe/records.jsonl")) == 2
+    for without, with_probe in zip(plain, probed, strict=True):
+        assert without["logged"] == with_probe["logged"]
+        assert torch.equal(without["random"], with_probe["random"])
+        assert all(torch.equal(without["weights"][name], with_probe["weights"][name]) for name in without["weights"])
