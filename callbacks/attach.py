@@ -9,7 +9,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entropy_pl.updates.steps import inner_optimizer
+
 TOKENIZER_NAMES = ("tokenizer", "processing_class")
+NOT_TRAINING = (
+    "the probe measures optimizer steps. Leave it out, turn it off with every_n_steps=0, or measure a checkpoint with "
+    "entropy-pl measure"
+)
 NOT_ONE_DEVICE = (
     "probe a run whose processes each hold the whole policy (one device, or DDP), or measure between two saved "
     "checkpoints of this one: entropy-pl measure with checkpoint.checkpoint_path and checkpoint.after_checkpoint_path"
@@ -86,7 +92,7 @@ def find_optimizer(optimizers: Sequence[Any], policy: nn.Module, index: int | No
     ]
     holding = [i for i, count in enumerate(held) if count]
     found = "; ".join(
-        f"{i}: {type(optimizer).__name__} with {count}"
+        f"{i}: {type(inner_optimizer(optimizer)).__name__} with {count}"
         for i, (optimizer, count) in enumerate(zip(optimizers, held, strict=True))
     )
     if index is not None:

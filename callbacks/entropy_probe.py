@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 
-from entropy_pl.callbacks.attach import find_optimizer, find_policy, find_tokenizer, refuse_sharded
+from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizer, find_policy, find_tokenizer, refuse_sharded
 from entropy_pl.callbacks.door import ProbeDoor
 from entropy_pl.callbacks.prompts import find_prompts
 from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
@@ -60,8 +61,7 @@ class EntropyProbeCallback(ProbeDoor, Callback):
             self._step = None
         elif self.every_n_steps and not self._was_open:
             raise MisconfigurationException(
-                f"expected a run that trains, got trainer.{stage}(): the probe measures optimizer steps. Leave it out, "
-                "turn it off with every_n_steps=0, or measure a checkpoint with entropy-pl measure"
+                f"expected a run that trains, got trainer.{TrainerFn(stage).value}(): {NOT_TRAINING}"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,7 +159,8 @@ def _sinks(loggers: Sequence[Logger]) -> list[Sink]:
 def _sharding(trainer: Trainer) -> str | None:
     """The strategy, unless it is known to leave the policy whole in every process."""
     strategy = trainer.strategy
-    return None if isinstance(strategy, DDPStrategy | SingleDeviceStrategy) else type(strategy).__name__
+    whole = isinstance(strategy, DDPStrategy | SingleDeviceStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    return None if whole else type(strategy).__name__
 
 
 def _update_prompts(trainer: Trainer) -> Any:

@@ -50,8 +50,9 @@ class ProbeSession:
         prompts_in_u: how many of ``prompts`` the run trains on too, for the record; None where that is not known.
 
     Raises:
-        ValueError: if the numbers do not fit each other or the pool, a prompt does not fit the model's context, or
-            processes have other prompts than their peers.
+        ValueError: if the numbers do not fit each other or the pool, a prompt does not fit the model's context, the
+            policy has no derivative or precision of the kind asked for, or processes have other prompts than their
+            peers.
     """
 
     model: nn.Module
@@ -85,6 +86,7 @@ class ProbeSession:
                 f"expected at least {needed} E prompts (num_sequences={self.num_sequences}, completions_per_prompt="
                 f"{self.completions_per_prompt}), got {len(self.prompts)}: give more prompts or lower num_sequences"
             )
+        self.probe.check(self.model)
         self._prompt_tokens = check_prompts(self.model, self.tokenizer, self.prompts, self.max_new_tokens)
 
     @property

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
-from entropy_pl.callbacks.attach import find_optimizer, find_policy, find_tokenizer, refuse_sharded
+from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizer, find_policy, find_tokenizer, refuse_sharded
 from entropy_pl.callbacks.door import ProbeDoor
 from entropy_pl.callbacks.prompts import find_prompts
 from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
@@ -107,10 +107,7 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         """Refuse a Trainer that only evaluates."""
         if self.every_n_steps and not self._was_open:
-            raise ValueError(
-                "expected a run that trains, got an evaluation: the probe measures optimizer steps. Leave it out, turn "
-                "it off with every_n_steps=0, or measure a checkpoint with entropy-pl measure"
-            )
+            raise ValueError(f"expected a run that trains, got an evaluation: {NOT_TRAINING}")
 
     # -------------------------------------------------------------------------------------------------------- details
 

@@ -2,7 +2,7 @@
 
 What is simple here, on purpose:
 
-* One process. The loop is plain autograd on one device; for more, run more seeds.
+* The loop is plain autograd on whole copies of the policy: one device, or DDP.
 * Every update of a rollout uses all of it: ``updates_per_rollout`` counts epochs over the rollout, not mini-batches.
 * The policy that sampled is the policy at the first update, and its log-probs are read off that update's own forward
   pass. They are of the full distribution at the sampling temperature: ``top_p`` and ``top_k`` narrow the sampling
@@ -10,14 +10,26 @@ What is simple here, on purpose:
 * The reference policy is the same model with its adapter off.
 * Completions cut off at ``max_new_tokens`` are scored and trained on like the others.
 
-The random numbers of a rollout depend on the seed and on the number of rollouts before it, and on nothing else: a
-resumed run draws what it would have drawn, and callbacks cannot change it.
+The random numbers of a rollout depend on the seed, on the number of rollouts before it and on the process's rank, and
+on nothing else: a resumed run draws what it would have drawn, and callbacks cannot change it.
+
+Under DDP every process answers prompts of its own, and W processes take the step that one process would take on all
+their completions together::
+
+    L = Σ_r Σ_ik w_ik ℓ_ik,    ∇L = Σ_r ∇L_r    (r: process; the sums within are over its completions i and tokens k)
+
+where the weights w_ik are normalised over the completions of all processes (see `objectives.losses`; ``bnpo`` is
+defined by process). Each process adds up the gradients of its own micro-batches, as many as they are, and one sum over
+processes follows before the step. DDP's own averaging, which wants equally many backward passes everywhere, is off.
+Whatever decides what comes next is summed over processes first: whether there is something to learn, and so whether a
+step is taken, a rollout was idle, the run is over. A process that has nothing to learn when another has takes the
+step all the same, with a gradient of zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -28,8 +40,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MeanMetric
@@ -46,7 +60,7 @@ from entropy_pl.policy import (
     reference_policy,
     trainable_parameters,
 )
-from entropy_pl.policy_gradient import PolicyGradient, TrainingBatch
+from entropy_pl.policy_gradient import PolicyGradient, TrainingBatch, sum_gradients
 from entropy_pl.rollout import TokenStats
 
 METRICS = (
@@ -67,12 +81,13 @@ class GRPOModule(LightningModule):
 
     One training step takes a batch of prompts, samples a group of G completions for each, turns their rewards into
     advantages over the group, and takes ``updates_per_rollout`` optimizer steps on the clipped policy-gradient loss.
-    See ``objectives`` for the formulas.
+    See ``objectives`` for the formulas. Under ``Trainer(strategy="ddp")`` the batch of a step is that of all processes.
 
-    Logged once per rollout, under ``train/``: reward (weighted sum) and reward_<name>, completion_length (tokens),
-    truncated_fraction (completions without an end token) and zero_advantage_fraction (groups of equal rewards), all of
-    the first draw, before filtering or resampling; entropy (nats per trained token, at the sampling θ), kl (nats per
-    token, where there is a reference), clip_fraction, grad_norm (before clipping) and lr, as means over the updates.
+    Logged once per rollout, under ``train/``, over all processes: reward (weighted sum) and reward_<name>,
+    completion_length (tokens), truncated_fraction (completions without an end token) and zero_advantage_fraction
+    (groups of equal rewards), all of the first draw, before filtering or resampling; entropy (nats per trained token,
+    at the sampling θ), kl (nats per token, where there is a reference), clip_fraction, grad_norm (before clipping) and
+    lr, as means over the updates.
 
     Args:
         policy: the policy to load; from code also a ready `Policy`, which is used as it is.
@@ -96,7 +111,7 @@ class GRPOModule(LightningModule):
             (and in the KL term). `filter`: they are dropped, and the average is over the rest. `resample`: their
             prompts are answered anew, up to max_resamples times, then what is left is dropped. Drawing until rewards
             differ favours prompts of middling difficulty. A rollout without any advantage takes no optimizer step,
-            unless it is kept and there is a KL term.
+            unless it is kept and there is a KL term. Each process filters and resamples for itself.
         max_resamples: rounds of resampling.
         max_idle_rollouts: training stops, and says so, after this many rollouts in a row without an advantage: the
             rewards are all equal, nothing is learnt, and `max_steps` would never come.
@@ -176,11 +191,7 @@ class GRPOModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what the loop cannot do."""
-        if self.trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"expected one process, got {self.trainer.world_size}: GRPOModule trains on one device; set "
-                "Trainer(devices=1)"
-            )
+        _check_strategy(self.trainer.strategy)
 
     def configure_model(self) -> None:
         """Load the policy, once."""
@@ -217,8 +228,7 @@ class GRPOModule(LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One rollout and the optimizer steps on it."""
-        seed = np.random.SeedSequence([self.seed, self.rollouts_done]).generate_state(1, np.uint64)
-        with isolated_rng(int(seed[0])):
+        with isolated_rng(self._rollout_seed()), self._local_gradients():
             training_batch = self._collect(batch)
             self._count_idle(training_batch is None)
             if training_batch is not None:
@@ -231,6 +241,22 @@ class GRPOModule(LightningModule):
         self.rollouts_done += 1
         self._log_metrics()
 
+    def _rollout_seed(self) -> int:
+        rank = self.trainer.global_rank
+        entropy = [self.seed, self.rollouts_done, *([rank] if rank else [])]  # rank 0 draws what one process draws
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+
+    @contextmanager
+    def _local_gradients(self) -> Iterator[None]:
+        """Keep DDP from averaging gradients in every backward pass, of which processes have different numbers."""
+        wrapped = self.trainer.strategy.model
+        with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext():
+            yield
+
+    def _over_processes(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place; all must come here. One process has it already."""
+        return cast(Tensor, self.trainer.strategy.reduce(values, reduce_op="sum"))
+
     def _count_idle(self, idle: bool) -> None:
         self.idle_rollouts = self.idle_rollouts + 1 if idle else 0
         if self.idle_rollouts >= self.max_idle_rollouts:
@@ -242,12 +268,15 @@ class GRPOModule(LightningModule):
             self.trainer.should_stop = True
 
     def _collect(self, batch: PromptBatch) -> TrainingBatch | None:
-        """Answer the prompts, deal with groups that teach nothing, and prepare the loss; None: nothing to learn."""
+        """Answer the prompts, deal with groups that teach nothing, and prepare the loss.
+
+        None, in all processes: none has anything to learn.
+        """
         with self._outside_autocast():  # which would cast every weight anew for every token
             groups = self.sampler.draw(self.model, self.tokenizer, batch)
             self._log_draw(groups)
             groups = self.sampler.informative(self.model, self.tokenizer, batch, groups)
-        return self.policy_gradient.batch(self.model, groups)
+        return self.policy_gradient.batch(self.model, groups, self._over_processes)
 
     def _update(self, batch: TrainingBatch, old_logp: Tensor | None) -> Tensor:
         """Take one optimizer step.
@@ -275,6 +304,11 @@ class GRPOModule(LightningModule):
             self._record("clip_fraction", (result.clipped_low + result.clipped_high) / tokens, tokens)
 
         logp = self.policy_gradient.backward(self.model, batch, old_logp, call_backward=backward, on_micro_batch=record)
+        if not len(batch.rollout):  # a gradient scaler refuses to step before it has scaled a loss
+            backward(torch.zeros((), device=self.device, requires_grad=True))
+        if self.trainer.world_size > 1:
+            # here, and not in the hook below: by then a scaler has looked for overflow, and all must find the same
+            sum_gradients(trainable_parameters(self.model).values(), self._over_processes)
         self._record("lr", max(float(group["lr"]) for group in optimizer.param_groups))
         with self._outside_autocast():
             optimizer.step()
@@ -284,7 +318,7 @@ class GRPOModule(LightningModule):
         return logp
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the gradients: here they are complete and, under 16-mixed, no longer scaled."""
+        """Clip the gradients: here they are complete, over all processes, and, under 16-mixed, no longer scaled."""
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(trainable_parameters(self.model).values(), limit)
         if norm.isfinite():  # under 16-mixed an overflow skips the step
@@ -317,17 +351,20 @@ class GRPOModule(LightningModule):
         cast(MeanMetric, self.metrics[name]).update(value, weight)
 
     def _log_metrics(self) -> None:
-        """Log every metric that has seen something, and start it afresh.
+        """Log every metric that has seen something in any process, and start it afresh.
 
         ``step`` is the loggers' x-axis: the last optimizer step taken, counted from 0 as the probe counts them, where
         Lightning's own would be the number of batches.
         """
         self.log("step", float(max(self.trainer.global_step - 1, 0)), on_step=True, on_epoch=False)
-        for name, metric in self.metrics.items():
-            assert isinstance(metric, MeanMetric)
-            if metric.update_called:
-                self.log(f"train/{name}", metric.compute(), on_step=True, on_epoch=False, prog_bar=name == "reward")
-                metric.reset()
+        metrics = [cast(MeanMetric, metric) for metric in self.metrics.values()]
+        # Not by their own `compute`: a process without anything to learn has not seen what the others have.
+        sums = self._over_processes(torch.stack([torch.stack([m.mean_value, m.weight]) for m in metrics]))
+        seen = (sums[:, 1] > 0).tolist()
+        for name, metric, (value, weight), anything in zip(self.metrics, metrics, sums, seen, strict=True):
+            metric.reset()
+            if anything:
+                self.log(f"train/{name}", value / weight, on_step=True, on_epoch=False, prog_bar=name == "reward")
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -358,6 +395,23 @@ class GRPOModule(LightningModule):
 
     def _trainable_keys(self) -> list[str]:
         return [f"model.{name}" for name in trainable_parameters(self.model)]
+
+
+def _check_strategy(strategy: Strategy) -> None:
+    # DeepSpeed's and XLA's strategies inherit from DDP's, but not what is needed of it
+    ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, (DeepSpeedStrategy, XLAStrategy))
+    if not ddp and not isinstance(strategy, SingleDeviceStrategy):
+        raise MisconfigurationException(
+            f"expected one device, or DDP on several, got {type(strategy).__name__}: GRPOModule wants the whole policy "
+            "on every device; set Trainer(strategy='ddp'), or devices=1 and strategy='auto'"
+        )
+    # Both are for DDP's own averaging of gradients, which is off: the one fails in it, the other would never be called.
+    static = getattr(strategy, "_ddp_kwargs", {}).get("static_graph", False)
+    if static or getattr(strategy, "_ddp_comm_hook", None) is not None:
+        raise MisconfigurationException(
+            f"expected DDP without {'static_graph' if static else 'ddp_comm_hook'}, got one with it: GRPOModule sums "
+            "gradients over processes itself, once a step; leave it out of DDPStrategy(...)"
+        )
 
 
 def _check(

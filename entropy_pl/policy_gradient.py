@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,13 @@ from entropy_pl.objectives import (
     policy_loss,
     token_weights,
 )
+from entropy_pl.objectives.losses import BatchSize
 from entropy_pl.policy import evaluation_mode, reference_policy
 from entropy_pl.policy.score import compact, default_batch_tokens, micro_batches, over_micro_batches, policy_stats
 from entropy_pl.rollout import Rollout, TokenStats
+
+OverProcesses = Callable[[Tensor], Tensor]
+"""The sum of a tensor over all processes, which hold one of the same shape each and all come here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +31,10 @@ class TrainingBatch:
     """What the optimizer steps of one rollout learn from.
 
     Args:
-        rollout: the N rows that take part.
+        rollout: the N rows that take part; none, where other processes alone have something to learn.
         advantages: ``[N]``.
-        weights: of each token in the loss, ``[N, T]``; they depend on the whole batch, not on its micro-batches.
+        weights: of each token in the loss, ``[N, T]``; they depend on the whole batch of all processes, not on its
+            micro-batches.
         ref_logp: log-probs under the reference policy in nats, ``[N, T]``; None without a KL term.
     """
 
@@ -67,15 +72,30 @@ class PolicyGradient:
                 f"expected max_batch_tokens of at least 1, or None for the default, got {self.max_batch_tokens}"
             )
 
-    def batch(self, model: nn.Module, groups: Groups) -> TrainingBatch | None:
-        """Advantages, token weights and reference log-probs of the groups; None where there is nothing to learn."""
+    def batch(
+        self, model: nn.Module, groups: Groups, total: OverProcesses = lambda counts: counts
+    ) -> TrainingBatch | None:
+        """Advantages, token weights and reference log-probs of the groups.
+
+        Args:
+            model: the policy.
+            groups: those of this process.
+            total: sums over the processes that take the step together, all of which call this method.
+
+        Returns:
+            This process's part of the step's batch; None, and then on every process, where there is nothing to learn.
+        """
+        rollout, mask = groups.rollout, groups.rollout.completion_mask
+        mine = [len(mask), int(mask.sum()), int(len(mask) > 0), int((~groups.zero_advantage).sum())]
+        *size, informative = total(torch.tensor(mine, device=mask.device)).tolist()
+        whole = BatchSize(*size)
         # Without advantages a step would be momentum and weight decay alone.
-        if not len(groups) or (self.loss.kl_coefficient == 0 and groups.zero_advantage.all()):
+        if not whole.completions or (self.loss.kl_coefficient == 0 and not informative):
             return None
-        rollout = groups.rollout
-        advantages = group_advantages(groups.rewards.to(self.dtype), groups.size, self.advantage)
+        rewards = groups.rewards.to(self.dtype)
+        advantages = group_advantages(rewards, groups.size, self.advantage) if len(groups) else rewards
         weights = token_weights(
-            rollout.completion_mask, self.loss.loss_type, self.loss.max_completion_length, dtype=self.dtype
+            mask, self.loss.loss_type, self.loss.max_completion_length, whole=whole, dtype=self.dtype
         )
         return TrainingBatch(rollout, advantages, weights, self._reference_logp(model, rollout))
 
@@ -130,3 +150,30 @@ class PolicyGradient:
         with reference_policy(model), evaluation_mode(model):
             [logp] = over_micro_batches(model, rollout, score, outputs=1, max_batch_tokens=self.max_batch_tokens)
         return logp.to(self.dtype)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], total: OverProcesses) -> None:
+    """Replace every gradient by its sum over processes.
+
+    A gradient that is None counts as zero, unless it is None on all processes and so stays None: an optimizer then
+    leaves the parameter alone, as it would in one process.
+
+    Args:
+        parameters: the same on all processes, in the same order.
+        total: sums over the processes, all of which call this function.
+    """
+    parameters = list(parameters)
+    if not parameters:
+        return
+    held = torch.tensor([int(p.grad is not None) for p in parameters], device=parameters[0].device)
+    gradients: dict[torch.dtype, list[Tensor]] = {}  # in the order of the parameters, which a set would not keep
+    for parameter, holders in zip(parameters, total(held).tolist(), strict=True):
+        if holders:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.setdefault(parameter.dtype, []).append(parameter.grad)
+    for same_dtype in gradients.values():  # few and large messages
+        summed = total(torch.cat([gradient.flatten() for gradient in same_dtype]))
+        parts = summed.split([gradient.numel() for gradient in same_dtype])
+        for gradient, values in zip(same_dtype, parts, strict=True):
+            gradient.copy_(values.view_as(gradient))

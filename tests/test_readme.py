@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from lightning.pytorch import LightningModule
+from peft import LoraConfig
 from tiny import build_model, build_tokenizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -31,9 +33,13 @@ class Run(LightningModule):
         return torch.utils.data.DataLoader(torch.randint(4, 40, (400, 8)), batch_size=4)
 
 
-def test_attaching_takes_ten_lines(tmp_path, monkeypatch):
+def lines_of(block: str) -> list[str]:
+    return [line for line in block.splitlines() if line.strip()]
+
+
+def test_attaching_to_lightning_takes_ten_lines(tmp_path, monkeypatch):
     [block] = [block for block in BLOCKS if "EntropyProbeCallback" in block]
-    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    assert len(lines_of(block)) <= 10
     monkeypatch.chdir(tmp_path)
     block = block.replace("num_sequences=256", "num_sequences=16").replace("max_steps=100", "max_steps=11")
     module = Run()
@@ -41,6 +47,36 @@ def test_attaching_takes_ten_lines(tmp_path, monkeypatch):
     scope: dict[str, Any] = {"module": module, "evaluation_prompts": PROMPTS}
     exec(block, scope)
     assert [record["status"] for record in scope["probe"].records] == ["ok", "ok"]
+
+
+def test_attaching_to_trl_takes_ten_lines(tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is not installed (extra 'trl')")
+    [block] = [block for block in BLOCKS if "EntropyProbeTrainerCallback" in block]
+    assert len(lines_of(block)) <= 10
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "policy")  # a policy and its tokenizer as they come: in a folder
+    build_model().save_pretrained(tmp_path / "policy")
+    scope: dict[str, Any] = {
+        "model": str(tmp_path / "policy"),
+        "reward_funcs": lambda completions, **_: [float(len(text)) for text in completions],
+        "args": trl.GRPOConfig(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=8,
+            max_steps=11,
+            report_to=["tensorboard"],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        "train_dataset": Dataset.from_dict({"prompt": PROMPTS[:20]}),
+        "peft_config": LoraConfig(r=2, target_modules="all-linear"),
+        "evaluation_prompts": PROMPTS[20:],
+    }
+    exec(block.replace("num_sequences=256", "num_sequences=16"), scope)
+    assert [record["status"] for record in scope["probe"].records] == ["ok", "ok"]
+    assert (tmp_path / "run/entropy_probe/records.jsonl").is_file()
 
 
 def test_by_hand(capsys):

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning
 import torch
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from entropy_pl.data.registry import PromptExample, check_template, format_prompt, get_dataset
 
@@ -30,27 +30,24 @@ class PromptBatch:
         return self
 
 
-class EpochShuffle(RandomSampler):
-    """A permutation that depends on the seed and the epoch only: not on the global RNG, not on what ran before.
+class EpochOrder(DistributedSampler[PromptExample]):
+    """An order that depends on the seed and the epoch only: not on the global RNG, not on what ran before.
+
+    Of W processes number r takes places r, r + W, r + 2W, … of it: together they are, step by step, at the prompts
+    where one process with W times the batch size would be. No place is taken twice in an epoch; the last few, where
+    they do not go round, are left out.
 
     Lightning calls ``set_epoch``, so a resumed run goes on with the order it would have had; elsewhere every pass
-    is the next epoch. As a `RandomSampler` it may be replaced by Lightning's distributed one.
+    is the next epoch. Under DDP Lightning leaves a `DistributedSampler` alone. The one it would put in the place of
+    another sampler repeats prompts, knows nothing of this seed, and shuffles whether asked to or not.
     """
 
-    def __init__(self, data_source: list[PromptExample], seed: int) -> None:
-        super().__init__(data_source)
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(len(self)))
-        random.Random(f"{self.seed}, epoch {self.epoch}").shuffle(order)
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # of places: torch's stubs say it yields examples
+        order = list(range(len(self.dataset)))  # type: ignore[arg-type]
+        if self.shuffle:
+            random.Random(f"{self.seed}, epoch {self.epoch}").shuffle(order)
         self.epoch += 1
-        return iter(order)
+        return iter(order[self.rank : self.total_size : self.num_replicas])
 
 
 class PromptDataModule(lightning.LightningDataModule):
@@ -67,7 +64,8 @@ class PromptDataModule(lightning.LightningDataModule):
         e_split: split the evaluation prompts come from; may be the same.
         u_size: how many update prompts; None: all there are.
         e_size: how many evaluation prompts are kept for the probe.
-        batch_size: prompts per step; each is answered by a group of completions. An incomplete last batch is dropped.
+        batch_size: prompts per step and process; each is answered by a group of completions. Processes have different
+            prompts. Prompts at the end of an epoch that do not make a batch for every process are dropped.
         shuffle: give the update prompts a new order in every epoch.
         seed: of the draw of E, of the order of U, and of datasets that are generated.
 
@@ -124,31 +122,45 @@ class PromptDataModule(lightning.LightningDataModule):
         """The U questions with their answers, none of them in E."""
         held_out = {example.question for example in self.e_examples}
         examples = [example for example in self._load(self.u_split) if example.question not in held_out]
-        wanted = self.batch_size if self.u_size is None else max(self.u_size, self.batch_size)
-        if len(examples) < wanted:
+        chosen = examples[: self.u_size]
+        processes, _ = self._process()
+        wanted = max(self.batch_size * processes, self.u_size or 0)
+        if len(chosen) < wanted:
             raise ValueError(
-                f"expected at least {wanted} prompts to update on (batch_size={self.batch_size}, "
-                f"u_size={self.u_size}), got {len(examples)}: split {self.u_split!r} of {self.dataset.name} without "
-                f"the {len(held_out)} E prompts; lower u_size, batch_size or e_size"
+                f"expected at least {wanted} prompts to update on (batch_size={self.batch_size}, {processes} "
+                f"process{'es' if processes > 1 else ''}, u_size={self.u_size}), got {len(chosen)}: split "
+                f"{self.u_split!r} of {self.dataset.name} without the {len(held_out)} E prompts; change u_size, or "
+                "lower batch_size or e_size"
             )
-        return examples[: self.u_size]
+        return chosen
 
     @property
     def e_prompts(self) -> list[str]:
         """The E prompts, formatted."""
         return [format_prompt(self.template, example.question) for example in self.e_examples]
 
+    @property
+    def u_prompts(self) -> list[str]:
+        """The U prompts, formatted."""
+        return [format_prompt(self.template, example.question) for example in self.u_examples]
+
     def train_dataloader(self) -> DataLoader[PromptExample]:
         """Batches of U prompts, as `PromptBatch`."""
+        processes, rank = self._process()
+        examples: Any = self.u_examples  # a list is a map-style dataset
         return DataLoader(
-            self.u_examples,  # type: ignore[arg-type]  # a list is a map-style dataset
+            examples,
             batch_size=self.batch_size,
-            sampler=EpochShuffle(self.u_examples, self.seed) if self.shuffle else None,
+            sampler=EpochOrder(examples, processes, rank, shuffle=self.shuffle, seed=self.seed, drop_last=True),
             collate_fn=self._collate,
             drop_last=True,
             # an iterator draws a seed for its workers: from here, so that the global RNG stays untouched
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _process(self) -> tuple[int, int]:
+        """How many processes there are, and which one this is; outside a Trainer it is alone."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
     def _load(self, split: str) -> list[PromptExample]:
         return self.dataset.load(split, path=self.dataset_path, size=None, seed=self.seed)

@@ -6,7 +6,8 @@ Notation: N completions, T positions, m_ik the completion mask, T_i = Σ_k m_ik,
                            k3_ik = π_ref/π − log(π_ref/π) − 1    (at t_ik; unbiased for KL(π ‖ π_ref), arXiv 2402.03300)
 
 and the loss types differ in the weights w_ik alone. The weights are computed once, over the whole batch of an optimizer
-step; the loss is a sum over rows, so that micro-batches of rows add up to it exactly, whatever their sizes.
+step, which is that of all processes that take the step together; the loss is a sum over rows, so that the losses of
+micro-batches of rows, and those of processes, add up to it exactly, whatever their sizes. So do their gradients.
 """
 
 from __future__ import annotations
@@ -71,52 +72,68 @@ class PolicyLoss:
     kl_sum: Tensor
 
 
+@dataclass(frozen=True)
+class BatchSize:
+    """How much the batch of an optimizer step holds, over all processes that take the step together.
+
+    Args:
+        completions: N, those without a token included.
+        tokens: Σ m.
+        processes: W, those that have completions.
+    """
+
+    completions: int
+    tokens: int
+    processes: int = 1
+
+
 def token_weights(
     mask: Tensor,
     loss_type: LossType,
     max_completion_length: int | None = None,
     *,
-    num_tokens: int | None = None,
-    world_size: int = 1,
+    whole: BatchSize | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Weight of each token in the loss of one optimizer step.
 
     ::
 
-        grpo      m_ik / (N T_i)                every completion counts the same
-        bnpo      m_ik / Σ m                    every token of this process's batch counts the same
-        dapo      m_ik world_size / Σ_all m     likewise over all processes (which average their gradients)
-        dr_grpo   m_ik / (N T_max)              a constant: length earns nothing
+        grpo      m_ik / (N T_i)     every completion counts the same
+        dr_grpo   m_ik / (N T_max)   a constant: length earns nothing
+        dapo      m_ik / Σ m         every token counts the same
+        bnpo      m_ik / (W Σ′ m)    every token of this process's batch counts the same, and so does every process
 
-    N counts all rows of ``mask``, completions without a token included.
+    N and Σ m are of the whole batch, over all processes; Σ′ m is over this process's rows, W the number of processes
+    that have any. ``grpo``, ``dr_grpo`` and ``dapo`` do not depend on how rows are spread over processes; ``bnpo``
+    does, by its definition, and in one process it is ``dapo``.
 
     Args:
-        mask: ``[N, T]``, True at completion tokens, over the whole batch of the step on this process.
+        mask: ``[n, T]``, True at completion tokens, over all rows of the step that this process has.
         loss_type: as above.
         max_completion_length: T_max in tokens, for ``dr_grpo``.
-        num_tokens: Σ_all m, tokens of the step's batch over all processes, for ``dapo``; None: those of ``mask``.
-        world_size: number of processes that ``num_tokens`` counts and that average their gradients, for ``dapo``.
+        whole: size of the step's batch over all processes; None: this process is alone.
         dtype: of the weights.
 
     Returns:
-        ``[N, T]``, zero where the mask is False.
+        ``[n, T]``, zero where the mask is False.
 
     Raises:
         ValueError: for an unknown loss type, ``dr_grpo`` without T_max, or a mask that is not two-dimensional.
     """
     _check_loss_type(loss_type, max_completion_length)
     if mask.ndim != 2:
-        raise ValueError(f"expected a mask [N, T], got shape {list(mask.shape)}")
+        raise ValueError(f"expected a mask [n, T], got shape {list(mask.shape)}")
+    whole = whole or BatchSize(len(mask), int(mask.sum()))
     counted = mask.to(dtype)
     if loss_type == "grpo":
-        return counted / (len(mask) * counted.sum(1, keepdim=True).clamp(min=1))
+        return counted / (whole.completions * counted.sum(1, keepdim=True).clamp(min=1))
     if loss_type == "dr_grpo":
         assert max_completion_length is not None
-        return counted / (len(mask) * max_completion_length)
-    if loss_type == "dapo" and num_tokens is not None:
-        return counted * (world_size / max(num_tokens, 1))
-    return counted / counted.sum().clamp(min=1)
+        return counted / (whole.completions * max_completion_length)
+    if loss_type == "dapo":
+        return counted / max(whole.tokens, 1)
+    return counted / (whole.processes * counted.sum().clamp(min=1))
 
 
 def policy_loss(

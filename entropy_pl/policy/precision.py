@@ -45,12 +45,7 @@ def float64_evaluation(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: if the model has 4-bit or 8-bit layers, which have no float64 arithmetic.
     """
-    quantized = quantized_layers(model)
-    if quantized:
-        raise ValueError(
-            f"expected a policy without quantized layers for float64, got {quantized[0]} ({len(quantized)} in all): "
-            "load it unquantized, or probe in float32"
-        )
+    refuse_quantized(model, "float64", "load it unquantized, or probe in float32")
     with (
         evaluation_mode(model),
         own_forward(model),
@@ -67,6 +62,20 @@ def quantized_layers(model: nn.Module) -> list[str]:
     return [
         name for name, module in model.named_modules() if any(is_quantized(p) for p in module.parameters(recurse=False))
     ]
+
+
+def refuse_quantized(model: nn.Module, purpose: str, instead: str) -> None:
+    """Refuse what quantized layers cannot do.
+
+    Raises:
+        ValueError: if the model has 4-bit or 8-bit layers.
+    """
+    quantized = quantized_layers(model)
+    if quantized:
+        raise ValueError(
+            f"expected a policy without quantized layers for {purpose}, got {quantized[0]} ({len(quantized)} in all): "
+            f"{instead}"
+        )
 
 
 class _Float32BecomesFloat64(TorchFunctionMode):

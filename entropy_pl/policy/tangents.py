@@ -13,7 +13,7 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_pl.peers import ALONE, Peers
-from entropy_pl.policy.precision import evaluation, quantized_layers
+from entropy_pl.policy.precision import evaluation, quantized_layers, refuse_quantized
 from entropy_pl.policy.score import (
     NonFiniteError,
     check_finite,
@@ -164,14 +164,11 @@ def resolve_method(model: nn.Module, method: Method) -> str:
     """
     if method not in ("auto", "forward_mode", "central_difference"):
         raise ValueError(f"expected method 'auto', 'forward_mode' or 'central_difference', got {method!r}")
-    quantized = quantized_layers(model)
-    if method == "forward_mode" and quantized:
-        raise ValueError(
-            f"expected a policy without quantized layers for forward mode, got {quantized[0]} ({len(quantized)} in "
-            "all): use method='central_difference'"
-        )
+    if method == "forward_mode":
+        refuse_quantized(model, "forward mode", "use method='central_difference'")
     if method == "auto":
-        return "forward_mode" if _compute_dtype(model) is torch.float64 and not quantized else "central_difference"
+        exact = _compute_dtype(model) is torch.float64 and not quantized_layers(model)
+        return "forward_mode" if exact else "central_difference"
     return method
 
 

@@ -14,7 +14,7 @@ from entropy_pl.policy.sample import MAX_ROWS
 from entropy_pl.policy.score import HEAD_CHUNK_BYTES, default_batch_tokens, output_head
 from entropy_pl.probe.engine import EntropyProbe
 
-HEAD_TEMPORARIES = 4  # of a chunk of logits in the entropy's dtype: shifted, exponentials, products, and the chunk
+HEAD_TEMPORARIES = 3  # of a chunk of logits in the entropy's dtype: shifted, exponentials, and their products
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,14 @@ def probe_memory(
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     length = prompt_tokens + max_new_tokens
     tokens = min(probe.max_batch_tokens or default_batch_tokens(model), rows * length)
-    entropy_bytes = tokens * vocabulary * getattr(torch, probe.entropy_dtype).itemsize
+    scored = tokens * max_new_tokens // length  # of which the head makes logits
+    entropy_bytes = scored * vocabulary * getattr(torch, probe.entropy_dtype).itemsize
     return ProbeMemory(
         snapshot=sum(p.numel() * p.element_size() for p in trainable),
         displaced=sum(p.numel() * max(p.element_size(), wide.itemsize) for p in trainable),
         widened=sum(p.numel() * wide.itemsize for p in floating if p.element_size() < wide.itemsize),
         cache=2 * layers * kv_heads * head_size * min(rows, MAX_ROWS) * length * wide.itemsize,
-        scoring=tokens * (vocabulary + 8 * hidden + 3 * inner) * wide.itemsize
+        scoring=(scored * vocabulary + tokens * (8 * hidden + 3 * inner)) * wide.itemsize
         + HEAD_TEMPORARIES * min(HEAD_CHUNK_BYTES, entropy_bytes),
     )
 

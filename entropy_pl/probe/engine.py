@@ -28,9 +28,9 @@ from entropy_pl.estimators import (
 from entropy_pl.estimators.estimate import standard_error
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
 from entropy_pl.peers import ALONE, Peers
-from entropy_pl.policy.precision import evaluation, float64_evaluation
+from entropy_pl.policy.precision import evaluation, float64_evaluation, refuse_quantized
 from entropy_pl.policy.score import head_inputs, token_stats
-from entropy_pl.policy.tangents import Method, Tangents, tangents
+from entropy_pl.policy.tangents import Method, Tangents, resolve_method, tangents
 from entropy_pl.probe.result import ProbeResult, SweepPoint, SymmetricPoint
 from entropy_pl.probe.scores import ProbeScores, prompt_clusters
 from entropy_pl.probe.timing import timed
@@ -136,6 +136,16 @@ class EntropyProbe:
     def evaluation(self, model: nn.Module) -> AbstractContextManager[None]:
         """The precision a probe works in; draw the E-batch inside it, so that sampler and scorer agree."""
         return float64_evaluation(model) if self.precision == "float64" else evaluation(model)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a policy of which this probe could not be taken, before anything is drawn.
+
+        Raises:
+            ValueError: for forward mode or float64 with quantized layers.
+        """
+        resolve_method(model, self.method)
+        if self.precision == "float64":
+            refuse_quantized(model, "float64", "load it unquantized, or probe in float32")
 
     @property
     def needs_features(self) -> bool:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,6 +23,7 @@ from tiny import build_model, build_tokenizer
 from torch import nn
 
 from entropy_pl.callbacks import EntropyProbeCallback
+from entropy_pl.callbacks.prompts import prompt_texts
 from entropy_pl.policy import derived_seed
 from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.policy.sample import sample_completions
@@ -73,6 +76,7 @@ def fit(module: LightningModule, folder: Path, *callbacks: Any, steps: int = 6, 
     torch.manual_seed(1)
     random.seed(1)
     np.random.seed(1)
+    checkpoint = options.pop("ckpt_path", None)
     trainer = Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -84,7 +88,7 @@ def fit(module: LightningModule, folder: Path, *callbacks: Any, steps: int = 6, 
         gradient_clip_val=options.pop("gradient_clip_val", 0.5),
         **options,
     )
-    trainer.fit(module)
+    trainer.fit(module, ckpt_path=checkpoint)
     return trainer
 
 
@@ -368,6 +372,167 @@ def test_every_n_steps_zero_is_off(tmp_path):
     callback = EntropyProbeCallback(every_n_steps=0)  # needs no prompts, no policy
     fit(ForeignModule(), tmp_path, callback)
     assert not callback.records
+
+
+def test_stopped_and_resumed_it_is_one_run(tmp_path):
+    """The same steps probed on the same prompts; what is measured twice is on disk once, and nothing is lost."""
+    options = {"resample_prompts": True, "num_sequences": 8, "every_n_steps": 2}
+    whole = probe(**options)
+    fit(Deterministic(), tmp_path / "whole", whole, steps=6)
+
+    folder = tmp_path / "parts"
+    settings = options | {"output_directory": str(folder / "probe")}
+    first = fit(Deterministic(), folder, probe(**settings), steps=3)
+    first.save_checkpoint(folder / "at3.ckpt")
+    fit(Deterministic(), folder, probe(**settings), steps=5, ckpt_path=folder / "at3.ckpt")  # cut off after step 4
+    fit(Deterministic(), folder, probe(**settings), steps=6, ckpt_path=folder / "at3.ckpt")
+    records = read_records(folder / "probe/records.jsonl")
+    assert [r["step"] for r in records] == [0, 2, 4]
+    assert [r["e_prompts"] for r in records] == [r["e_prompts"] for r in whole.records]
+    assert len({r["e_prompts"]["sha256"] for r in records}) == 3
+    measured = [[r["sweep"][1]["true"] for r in of if r["status"] == "ok"] for of in (records, whole.records)]
+    assert measured[0] == measured[1]
+
+
+def test_a_step_taken_again_differently_is_kept_beside_the_first(tmp_path):
+    settings = {"output_directory": str(tmp_path / "probe"), "every_n_steps": 5}
+    fit(ForeignModule(), tmp_path, probe(**settings))
+    fit(ForeignModule(), tmp_path, probe(seed=1, **settings))
+    records = read_records(tmp_path / "probe/records.jsonl")
+    assert [r["step"] for r in records] == [0, 5, 0, 5]
+
+
+class Deterministic(ForeignModule):
+    """One batch, no noise: what a resumed run sees does not depend on where its dataloader stood."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.policy(input_ids=batch, labels=batch).loss
+
+    def train_dataloader(self) -> Any:
+        tokens = torch.randint(4, 40, (1, 8), generator=torch.Generator().manual_seed(0))
+        return torch.utils.data.DataLoader(tokens.expand(8, 8), batch_size=4)
+
+
+def test_prompts_in_other_forms(tmp_path):
+    """Chats, rows, a dataset's column and files of them give the texts that strings would."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    texts = [f"{a}+{b}=" for a in range(3) for b in range(3)]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    (tmp_path / "e.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
+    for given, column in (
+        (texts, "prompt"),
+        (chats, "prompt"),
+        ([{"prompt": chat} for chat in chats], "prompt"),
+        (Dataset.from_dict({"question": texts}), "question"),
+        (Dataset.from_dict({"prompt": chats}), "prompt"),
+        (str(tmp_path / "e.jsonl"), "question"),
+    ):
+        assert prompt_texts(given, tokenizer, column) == texts
+    begun = [*chats[0], {"role": "assistant", "content": "The answer"}]
+    assert prompt_texts([begun], tokenizer) == ["0+0=The answer"]
+
+
+def test_e_prompts_that_are_learnt_are_a_warning_and_in_the_record(tmp_path):
+    class Texts(ForeignModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            tokens = self.tokenizer(batch["prompt"], return_tensors="pt", padding=True)["input_ids"]
+            return self.policy(input_ids=tokens, labels=tokens).loss
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(Dataset.from_dict({"prompt": PROMPTS[:9] + ["9+9="]}), batch_size=5)
+
+    callback = probe(every_n_steps=5)
+    with pytest.warns(UserWarning, match="9 of 36 E prompts are prompts that this run trains on"):
+        fit(Texts(), tmp_path, callback)
+    assert [r["e_prompts"]["in_u"] for r in callback.records] == [9, 9]
+    unknown = probe(every_n_steps=5)
+    fit(ForeignModule(), tmp_path, unknown)  # trains on tensors of tokens
+    assert [r["e_prompts"]["in_u"] for r in unknown.records] == [None, None]
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_evaluation_alone_is_refused(tmp_path, stage):
+    class Evaluates(ForeignModule):
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None: ...
+
+        test_step = validation_step
+        val_dataloader = test_dataloader = ForeignModule.train_dataloader
+
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+    with pytest.raises(MisconfigurationException, match=rf"expected a run that trains, got trainer.{stage}\(\)"):
+        getattr(Trainer(callbacks=[probe()], **options), stage)(Evaluates(), verbose=False)
+    trained = fit(Evaluates(), tmp_path, probe(), limit_val_batches=0)
+    getattr(trained, stage)(Evaluates(), verbose=False)  # after a training it is nobody's mistake
+
+
+def test_sharded_runs_are_refused(tmp_path):
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[probe()])
+    trainer.strategy.__class__ = FSDPStrategy  # which itself wants a GPU
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"hold the whole policy, got FSDPStrategy: .*checkpoint_path and checkpoint.after_checkpoint_path",
+    ):
+        trainer.callbacks[0].on_fit_start(trainer, ForeignModule())
+
+
+def test_which_optimizer_is_watched_can_be_said(tmp_path):
+    class Two(ForeignModule):
+        """Adapters' A and B by optimizers of their own, in turn."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            optimizer = self.optimizers()[batch_idx % 2]
+            optimizer.zero_grad()
+            self.manual_backward(self.policy(input_ids=batch, labels=batch).loss)
+            optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            parts = [[p for n, p in self.policy.named_parameters() if kind in n] for kind in ("lora_A", "lora_B")]
+            return [torch.optim.SGD(parts[0], lr=1.0), torch.optim.AdamW(parts[1], lr=LR)]
+
+    message = r"expected one optimizer over .* got 0: SGD with 4; 1: AdamW with 4: say which, optimizer=0"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Two(), tmp_path, probe(), gradient_clip_val=None)
+    callback = probe(optimizer=1, every_n_steps=1)
+    fit(Two(), tmp_path, callback, steps=4, gradient_clip_val=None)
+    assert [(r["step"], r["status"], r["lr"]) for r in callback.records] == [(0, "ok", LR), (1, "ok", LR)]
+
+
+def test_sgd_has_no_split_and_the_record_says_so(tmp_path):
+    class Plain(ForeignModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.policy.parameters() if p.requires_grad], lr=LR)
+
+    callback = probe(every_n_steps=5)
+    fit(Plain(), tmp_path, callback)
+    assert callback.records[0]["update_components"] is None
+    assert callback.records[0]["update_split_absent"].startswith("SGD is not of Adam's family")
+
+
+def test_a_fused_step_that_suppresses_itself_is_recorded_as_skipped(tmp_path):
+    """Under a gradient scaler a fused optimizer is called all the same, hooks and all, and moves nothing."""
+
+    class Fused(ForeignModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([p for p in self.policy.parameters() if p.requires_grad], lr=LR, fused=True)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60)
+    callback = probe(every_n_steps=1)
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+    trainer = fit(Fused(), tmp_path, callback, plugins=plugins, gradient_clip_val=None)
+    assert [r["step"] for r in callback.records] == list(range(trainer.global_step))
+    statuses = [r["status"] for r in callback.records]
+    assert (statuses[0], statuses[-1]) == ("skipped", "ok")
+
+
+def test_what_it_costs_is_said_in_advance(tmp_path, capsys):
+    fit(ForeignModule(), tmp_path, probe(), steps=1)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("entropy probe: ")]
+    assert "every 2 optimizer steps, 16 completions of up to 5 tokens, 7 passes over them; memory beside" in line
 
 
 class TwoPolicies(ForeignModule):

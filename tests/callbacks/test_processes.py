@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import build_model, build_tokenizer
+from transformers import AutoModelForCausalLM
 
 from entropy_pl import EntropyProbe, Rollout, UpdateVector, sample_completions
 from entropy_pl.policy.rng import derived_seed, isolated_rng
@@ -125,3 +127,47 @@ def test_grpo_under_accelerate_launch(tmp_path):
         assert without["logged"] == with_probe["logged"]
         assert torch.equal(without["random"], with_probe["random"])
         assert all(torch.equal(without["weights"][name], with_probe["weights"][name]) for name in without["weights"])
+
+
+def test_the_same_config_on_two_processes(tmp_path):
+    """``entropy-pl fit`` with nothing but the strategy changed: GRPO on all prompts, the E-batch shared out."""
+    policy = tmp_path / "policy"
+    build_model(max_position_embeddings=256).save_pretrained(policy)
+    build_tokenizer().save_pretrained(policy)
+    with isolated_rng(0):  # an adapter that says something, so that there is a KL divergence to descend
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(policy), lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    words = {
+        "config": str(RUNS.parents[2] / "configs/quickstart.yaml"),
+        "model.policy.name": str(policy),
+        "model.policy.adapter": str(tmp_path / "adapter"),
+        "model.max_new_tokens": "8",
+        "model.rewards": '["format"]',
+        "model.reward_weights": "[1]",
+        "model.kl_coefficient": "0.1",  # the policy, a random one, earns nothing
+        "data.e_size": "16",
+        "data.batch_size": "4",
+        "probe.num_sequences": "12",
+        "probe.every_n_steps": "1",
+        "trainer.max_steps": "2",
+        "trainer.strategy": "ddp",
+        "trainer.devices": "2",
+        "trainer.logger.init_args.save_dir": str(tmp_path / "runs"),
+    }
+    command = [sys.executable, "-m", "entropy_pl.cli", "fit", *(w for k, v in words.items() for w in (f"--{k}", v))]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    [path] = (tmp_path / "runs").rglob("records.jsonl")
+    records = read_records(path)
+    assert [(r["step"], r["status"], r["processes"]) for r in records] == [(0, "ok", 2), (1, "ok", 2)]
+    assert records[0]["e_prompts"]["in_u"] == 0
+    assert done.stdout.count("Entropy change per optimizer step") == 1  # one table, whatever the number of processes
+    assert "12 completions of up to 8 tokens shared by 2 processes" in done.stdout

@@ -1,4 +1,6 @@
 import json
+from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +67,7 @@ def test_more_e_prompts_than_there_are(repetitive_folder):
     [
         ({"u_size": 11}, "at least 11 prompts .*got 10: .* without the 10 E prompts"),
         ({"batch_size": 11}, "at least 11 prompts .*got 10"),
+        ({"u_size": 5, "batch_size": 6}, "at least 6 prompts .*got 5: .*change u_size"),
         ({"u_split": "test", "batch_size": 1}, "at least 1 prompts .*got 0"),
     ],
 )
@@ -109,6 +112,36 @@ def test_without_shuffling():
     module = PromptDataModule(u_size=6, e_size=3, batch_size=3, shuffle=False)
     questions = [example.question for example in module.u_examples]
     assert prompts(module) == prompts(module) == [f"Question: {q}\nResponse: <think>" for q in questions]
+
+
+def shares(processes, **settings):
+    """The prompts of each batch of each process, over two epochs."""
+    result = []
+    for rank in range(processes):
+        module = PromptDataModule(**settings)
+        module.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        loader = module.train_dataloader()
+        result.append([batch.prompts for _ in range(2) for batch in loader])
+    return result
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("u_size", [60, 65, 71])  # five batches of 12, and what does not make another
+def test_processes_together_are_where_one_would_be(u_size, shuffle):
+    settings = {"u_size": u_size, "e_size": 1, "shuffle": shuffle, "seed": 3}
+    (alone,) = shares(1, batch_size=12, **settings)
+    together = shares(3, batch_size=4, **settings)
+    assert len(alone) == 10
+    for whole, *parts in zip(alone, *together, strict=True):
+        assert [len(part) for part in parts] == [4, 4, 4]
+        assert sorted(chain(*parts)) == sorted(whole)
+
+
+def test_every_process_needs_a_batch():
+    module = PromptDataModule(u_size=11, e_size=1, batch_size=4)
+    module.trainer = SimpleNamespace(world_size=3, global_rank=0)
+    with pytest.raises(ValueError, match=r"at least 12 prompts .*batch_size=4, 3 processes, u_size=11.*got 11"):
+        module.setup("fit")
 
 
 def test_template_with_braces():

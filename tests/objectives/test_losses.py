@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from entropy_pl.objectives import LossSettings, policy_loss, token_weights
+from entropy_pl.objectives.losses import BatchSize
 
 # Two completions of 1 and 3 tokens, padded to 4 positions.
 MASK = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
@@ -34,11 +35,23 @@ def test_token_weights(loss_type, first, second):
     torch.testing.assert_close(weights(loss_type), torch.tensor(expected, dtype=torch.float64))
 
 
-def test_dapo_over_two_processes():
-    # This process holds 4 tokens, the other one 12. Averaging the processes' losses must weigh all 16 tokens the same.
-    torch.testing.assert_close(
-        weights("dapo", num_tokens=16, world_size=2)[MASK] / 2, torch.full((4,), 1 / 16.0).double()
-    )
+@pytest.mark.parametrize(
+    ("loss_type", "divisors"),
+    [
+        ("grpo", [5 * 1, 5 * 3, 5 * 4]),  # five completions in all
+        ("dr_grpo", [5 * 5] * 3),
+        ("dapo", [16] * 3),
+        ("bnpo", [2 * 4, 2 * 4, 2 * 12]),  # two processes count the same, and within them their 4 and 12 tokens
+    ],
+)
+def test_weights_over_processes(loss_type, divisors):
+    """Two processes hold completions of 1 and 3 tokens, and of 4, 4 and 4; a third one has none."""
+    other = torch.ones(3, 4, dtype=torch.bool)
+    whole = BatchSize(completions=5, tokens=16, processes=2)
+    first, second, third = (weights(loss_type, mask, whole=whole) for mask in (MASK, other, other[:0]))
+    assert third.shape == (0, 4)
+    for row, divisor in zip((first[0], first[1], *second), [*divisors, *divisors[-1:] * 2], strict=True):
+        assert row[row > 0].tolist() == pytest.approx([1 / divisor] * int((row > 0).sum()), rel=1e-15)  # a rounding
 
 
 @pytest.mark.parametrize(
@@ -177,5 +190,5 @@ def test_bad_arrays():
         policy_loss(LOGP, OLD_LOGP, ADVANTAGES[:1], w, settings())
     with pytest.raises(ValueError, match=r"expected ref_logp with kl_coefficient=.*, got None"):
         policy_loss(LOGP, OLD_LOGP, ADVANTAGES, w, settings(kl_coefficient=0.1))
-    with pytest.raises(ValueError, match=r"mask \[N, T\], got shape \[4\]"):
+    with pytest.raises(ValueError, match=r"mask \[n, T\], got shape \[4\]"):
         token_weights(MASK[0], "grpo")

@@ -1,0 +1,136 @@
+"""What a probe costs, against the formulas of docs/scaling.md: forward passes, and bytes beside the run's.
+
+    python benchmarks/probe_cost.py [--layers 4] [--hidden 256] [--vocabulary 2048] [--sequences 64] [--tokens 100]
+
+A Qwen2 of the given shape with random weights takes one AdamW step, with a LoRA adapter and as a whole, and is probed.
+Times are ratios to one plain scoring pass over the same tokens, in the same run; memory is the process's resident set
+on a CPU, PyTorch's allocator on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from entropy_pl import EntropyProbe, Rollout, token_stats
+from entropy_pl.policy.score import model_device
+from entropy_pl.probe import peak_memory, probe_memory, timed
+from entropy_pl.updates import UpdateRecorder
+
+MIB = 2**20
+
+
+def main() -> None:
+    options = arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    times, memory = Table(title="Forward passes"), Table(title="MiB beside the run's")
+    for name in ("policy", "one pass, s", "formula", "tangents", "sweep", "all passes", "per η"):
+        times.add_column(name, justify="right")
+    for name in ("policy", "trainable", "formula", "measured", "θ before", "θ+ηv", "scoring"):
+        memory.add_column(name, justify="right")
+    for kind in ("LoRA", "whole"):
+        model = build(options, kind).to(device)
+        rollout = batch(options, model_device(model))
+        report(kind, model, rollout, options, times, memory)
+        del model
+        gc.collect()
+    Console().print(times, memory)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    defaults = {
+        "layers": 4,
+        "hidden": 256,
+        "vocabulary": 2048,
+        "sequences": 64,
+        "prompt": 100,
+        "tokens": 100,
+        "etas": 5,
+    }
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--max-batch-tokens", type=int, default=None)
+    return parser.parse_args()
+
+
+def build(options: argparse.Namespace, kind: str) -> Any:
+    config = Qwen2Config(
+        vocab_size=options.vocabulary,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, options.hidden // 64),
+        num_key_value_heads=max(1, options.hidden // 128),
+        max_position_embeddings=options.prompt + options.tokens,
+    )
+    model = Qwen2ForCausalLM(config)
+    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")) if kind == "LoRA" else model
+
+
+def batch(options: argparse.Namespace, device: torch.device) -> Rollout:
+    """Any tokens do: the cost does not depend on what they say."""
+
+    def draw(length: int) -> torch.Tensor:
+        return torch.randint(0, options.vocabulary, (options.sequences, length), device=device)
+
+    prompts, completions = draw(options.prompt), draw(options.tokens)
+    return Rollout(prompts, torch.ones_like(prompts), completions, torch.ones_like(completions))
+
+
+def report(kind: str, model: Any, rollout: Rollout, options: argparse.Namespace, times: Table, memory: Table) -> None:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5)
+    tokens = rollout.completion_ids[:2, :16]
+    for _ in range(2):  # the first step makes the moments, which are the run's
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    probe = EntropyProbe(
+        eta_multipliers=[0.5 * (i + 1) for i in range(options.etas)],
+        at_lr=False,
+        max_batch_tokens=options.max_batch_tokens,
+    )
+    expected = probe_memory(
+        model, probe, rows=len(rollout), prompt_tokens=options.prompt, max_new_tokens=options.tokens
+    )
+    token_stats(model, rollout, max_batch_tokens=options.max_batch_tokens)  # warm
+    gc.collect()
+    with peak_memory(model_device(model)) as found:
+        recorder = UpdateRecorder(model, optimizer)
+        recorder.snapshot()
+        optimizer.step()
+        update = recorder.read(keep=False)
+        with recorder.at_theta_before():
+            result = probe.measure(model, rollout, update)
+    seconds: dict[str, float] = {}
+    for _ in range(3):
+        with timed(seconds, "pass", model):
+            token_stats(model, rollout, max_batch_tokens=options.max_batch_tokens)
+    one = seconds["pass"] / 3
+    tangents, sweep = (result.seconds[phase] / one for phase in ("tangents", "sweep"))
+    times.add_row(
+        kind,
+        f"{one:.2f}",
+        str(probe.passes(1.0)),
+        f"{tangents:.2f}",
+        f"{sweep:.2f}",
+        f"{tangents + sweep:.2f}",
+        f"{sweep / options.etas:.2f}",
+    )
+    scoring_only = expected.snapshot + expected.widened + expected.displaced + expected.scoring  # nothing is sampled
+    shown = (scoring_only, found.added, expected.snapshot, expected.displaced, expected.scoring)
+    memory.add_row(
+        kind, f"{sum(p.numel() for p in trainable) / 1e6:.1f} M", *(f"{amount / MIB:.0f}" for amount in shown)
+    )
+
+
+if __name__ == "__main__":
+    main()
