@@ -8,7 +8,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadscope
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-seeds lint format clean
+.PHONY: help install demo test test-slow test-seeds bench lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ test-slow: install  ## the tests that take minutes
 
 test-seeds: install  ## does GRPO raise the demo's reward on three seeds?
 	ENTROPY_PL_DEMO_SEEDS=0,1,2 $(BIN)/python -m pytest -m slow tests/test_demo.py
+
+bench: install  ## what a probe costs, against the formulas of docs/scaling.md
+	$(BIN)/python benchmarks/probe_cost.py
 
 lint: install  ## linter, formatter and type checker
 	$(BIN)/ruff check .

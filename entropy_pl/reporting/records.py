@@ -10,6 +10,9 @@ that was measured has the rest:
   the point with ``"taken": true`` is the step the optimizer really made;
 * ``eta_star``, ``update_norm``, ``reward``, ``normalize``, and whatever else its writer found worth keeping.
 
+A probe within a run also has ``e_prompts`` (how many, a hash of their texts, and how many of them the run trains on),
+``processes`` (that shared the E-batch), ``memory`` (bytes beside the run's) and ``seconds`` per phase.
+
 Files are strict JSON: a number that is not finite is written as null, since ``NaN`` is not JSON and most readers
 refuse it. A file whose name ends in ``.gz`` is compressed, every record a gzip member of its own: ``zcat`` reads it,
 and a file cut short still yields every member that is whole.

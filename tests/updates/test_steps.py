@@ -247,7 +247,7 @@ class TestInnerOptimizer:
             ({"step": lambda: None}, "without param_groups"),
             ({"param_groups": [], "step": 3}, "without step()"),
         ],
-        ids=str,
+        ids=["nothing", "no groups", "no step"],
     )
     def test_no_optimizer(self, lacking, message):
         thing = type("Thing", (), lacking)()
