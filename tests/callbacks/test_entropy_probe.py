@@ -15,7 +15,7 @@ from datasets import Dataset
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,6 +23,7 @@ from tiny import build_model, build_tokenizer
 from torch import nn
 
 from entropy_pl.callbacks import EntropyProbeCallback
+from entropy_pl.callbacks.attach import refuse_sharded
 from entropy_pl.callbacks.prompts import prompt_texts
 from entropy_pl.policy import derived_seed
 from entropy_pl.policy.rng import isolated_rng
@@ -466,14 +467,52 @@ def test_an_evaluation_alone_is_refused(tmp_path, stage):
     getattr(trained, stage)(Evaluates(), verbose=False)  # after a training it is nobody's mistake
 
 
-def test_sharded_runs_are_refused(tmp_path):
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+def test_sharded_runs_are_refused(tmp_path, strategy):
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[probe()])
-    trainer.strategy.__class__ = FSDPStrategy  # which itself wants a GPU
+    trainer.strategy.__class__ = strategy  # which itself wants a GPU
     with pytest.raises(
         MisconfigurationException,
-        match=r"hold the whole policy, got FSDPStrategy: .*checkpoint_path and checkpoint.after_checkpoint_path",
+        match=rf"the whole policy, got {strategy.__name__}: .*checkpoint_path and checkpoint.after_checkpoint_path",
     ):
         trainer.callbacks[0].on_fit_start(trainer, ForeignModule())
+
+
+def test_a_sharded_policy_is_refused_whatever_the_strategy():
+    class DTensor(torch.Tensor):
+        """Stands for torch.distributed's, which wants a device mesh."""
+
+    policy = build_model()
+    policy.lm_head.weight = nn.Parameter(policy.lm_head.weight.data.as_subclass(DTensor))
+    with pytest.raises(ValueError, match=r"the whole policy, got lm_head.weight as a DTensor: probe a run whose"):
+        refuse_sharded(policy, None)
+
+
+@pytest.mark.parametrize(("interval", "rates"), [("step", [1.0, 0.5, 0.25, 0.125]), ("epoch", [1.0, 1.0, 0.5, 0.5])])
+def test_the_rate_is_that_of_the_step(tmp_path, interval, rates):
+    """Whenever a scheduler moves it: two batches an epoch."""
+
+    class Scheduled(Deterministic):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW([p for p in self.policy.parameters() if p.requires_grad], lr=LR)
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+
+    callback = probe(every_n_steps=1, eta_multipliers=())
+    fit(Scheduled(), tmp_path, callback, steps=4)
+    assert [r["lr"] / LR for r in callback.records] == rates
+    assert [r["sweep"][0]["eta"] / LR for r in callback.records] == rates
+
+
+def test_a_compiled_module(tmp_path):
+    """``trainer.fit(torch.compile(module))``: its training_step is compiled, the policy probed as it is."""
+    torch._dynamo.reset()
+    callback = probe(every_n_steps=3, eta_multipliers=())
+    fit(torch.compile(Deterministic(), backend="eager"), tmp_path, callback)
+    plain = probe(every_n_steps=3, eta_multipliers=())
+    fit(Deterministic(), tmp_path, plain)
+    assert [r["status"] for r in callback.records] == ["no_movement", "ok"]
+    assert callback.records[1]["sweep"][0]["true"] == plain.records[1]["sweep"][0]["true"]
 
 
 def test_which_optimizer_is_watched_can_be_said(tmp_path):
