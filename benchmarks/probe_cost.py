@@ -2,24 +2,28 @@
 
     python benchmarks/probe_cost.py [--layers 4] [--hidden 256] [--vocabulary 2048] [--sequences 64] [--tokens 100]
 
-A Qwen2 of the given shape with random weights takes one AdamW step, with a LoRA adapter and as a whole, and is probed.
-Times are ratios to one plain scoring pass over the same tokens, in the same run; memory is the process's resident set
-on a CPU, PyTorch's allocator on a GPU.
+A Qwen2 of the given shape with random weights takes one AdamW step, with a LoRA adapter and as a whole, in float32 and
+in bfloat16 weights, and is probed. Times are ratios to one plain scoring pass over the same tokens, in the same run;
+memory is the process's resident set on a CPU, PyTorch's allocator on a GPU. Under torchrun the sequences are shared by
+its processes, and the tables are the first one's.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from entropy_pl import EntropyProbe, Rollout, token_stats
+from entropy_pl.peers import Peers
 from entropy_pl.policy.score import model_device
 from entropy_pl.probe import peak_memory, probe_memory, timed
 from entropy_pl.updates import UpdateRecorder
@@ -30,19 +34,25 @@ MIB = 2**20
 def main() -> None:
     options = arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    peers = Peers.of_this_run()
     torch.manual_seed(0)
     times, memory = Table(title="Forward passes"), Table(title="MiB beside the run's")
-    for name in ("policy", "one pass, s", "formula", "tangents", "sweep", "all passes", "per η"):
+    for name in ("policy", "one pass, s", "formula", "tangents", "sweep", "all passes", "per η", "probe, s"):
         times.add_column(name, justify="right")
     for name in ("policy", "trainable", "formula", "measured", "θ before", "θ+ηv", "scoring"):
         memory.add_column(name, justify="right")
-    for kind in ("LoRA", "whole"):
+    for kind in ("LoRA", "whole", "whole, bfloat16"):
         model = build(options, kind).to(device)
-        rollout = batch(options, model_device(model))
-        report(kind, model, rollout, options, times, memory)
+        rows = torch.tensor(peers.share(list(range(options.sequences))), device=model_device(model))
+        report(kind, model, batch(options, model_device(model)).select(rows), options, peers, times, memory)
         del model
         gc.collect()
-    Console().print(times, memory)
+    if peers.rank == 0:
+        Console().print(times, memory)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def arguments() -> argparse.Namespace:
@@ -73,7 +83,9 @@ def build(options: argparse.Namespace, kind: str) -> Any:
         max_position_embeddings=options.prompt + options.tokens,
     )
     model = Qwen2ForCausalLM(config)
-    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")) if kind == "LoRA" else model
+    if kind == "LoRA":
+        return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    return model.bfloat16() if "bfloat16" in kind else model
 
 
 def batch(options: argparse.Namespace, device: torch.device) -> Rollout:
@@ -86,7 +98,15 @@ def batch(options: argparse.Namespace, device: torch.device) -> Rollout:
     return Rollout(prompts, torch.ones_like(prompts), completions, torch.ones_like(completions))
 
 
-def report(kind: str, model: Any, rollout: Rollout, options: argparse.Namespace, times: Table, memory: Table) -> None:
+def report(
+    kind: str,
+    model: Any,
+    rollout: Rollout,
+    options: argparse.Namespace,
+    peers: Peers,
+    times: Table,
+    memory: Table,
+) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5)
     tokens = rollout.completion_ids[:2, :16]
@@ -109,7 +129,7 @@ def report(kind: str, model: Any, rollout: Rollout, options: argparse.Namespace,
         optimizer.step()
         update = recorder.read(keep=False)
         with recorder.at_theta_before():
-            result = probe.measure(model, rollout, update)
+            result = probe.measure(model, rollout, update, peers=peers)
     seconds: dict[str, float] = {}
     for _ in range(3):
         with timed(seconds, "pass", model):
@@ -124,6 +144,7 @@ def report(kind: str, model: Any, rollout: Rollout, options: argparse.Namespace,
         f"{sweep:.2f}",
         f"{tangents + sweep:.2f}",
         f"{sweep / options.etas:.2f}",
+        f"{sum(result.seconds.values()):.1f}",
     )
     scoring_only = expected.snapshot + expected.widened + expected.displaced + expected.scoring  # nothing is sampled
     shown = (scoring_only, found.added, expected.snapshot, expected.displaced, expected.scoring)

@@ -73,10 +73,8 @@ def find_tokenizer(given: Any, owners: Sequence[Any]) -> PreTrainedTokenizerBase
             if found is None:
                 raise ValueError(f"expected a Hugging Face tokenizer, got {type(candidate).__name__}: tokenizer=...")
             return found
-    raise ValueError(
-        f"expected a tokenizer as {' or '.join(TOKENIZER_NAMES)} of "
-        f"{' or '.join(type(owner).__name__ for owner in owners)}, got none: tokenizer=..."
-    )
+    names = " or ".join(type(owner).__name__ for owner in owners) or "the trainer"
+    raise ValueError(f"expected a tokenizer as {' or '.join(TOKENIZER_NAMES)} of {names}, got none: tokenizer=...")
 
 
 def find_optimizer(optimizers: Sequence[Any], policy: nn.Module, index: int | None) -> Any:
@@ -115,14 +113,22 @@ def refuse_sharded(policy: nn.Module, what: str | None) -> None:
     """Refuse a policy of which no process holds every parameter whole.
 
     Args:
-        policy: to be looked at for sharded tensors.
+        policy: to be looked at for shards: FSDP's modules and flat parameters, DTensors, DeepSpeed's partitions.
         what: name of a strategy known to shard; None where none is.
 
     Raises:
         ValueError: naming what works instead.
     """
-    sharded = next((n for n, p in policy.named_parameters() if type(p.data).__name__ == "DTensor"), None)
-    if what is None and sharded is None:
-        return
-    got = what or f"{sharded} as a DTensor"
-    raise ValueError(f"expected every process to hold the whole policy, got {got}: {NOT_ONE_DEVICE}")
+    modules = (
+        f"{type(m).__name__} around {n or 'it'}"
+        for n, m in policy.named_modules()
+        if "FullyShardedDataParallel" in type(m).__name__
+    )
+    parameters = (
+        f"{n} as a shard"
+        for n, p in policy.named_parameters()
+        if type(p.data).__name__ == "DTensor" or hasattr(p, "ds_id") or hasattr(p, "_fsdp_flattened")
+    )
+    got = what or next(modules, None) or next(parameters, None)
+    if got is not None:
+        raise ValueError(f"expected every process to hold the whole policy, got {got}: {NOT_ONE_DEVICE}")

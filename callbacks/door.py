@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ from rich.console import Console
 from torch import nn
 from tqdm import tqdm
 
-from entropy_pl.callbacks.attach import refuse_sharded
 from entropy_pl.callbacks.prompts import DEFAULT_COLUMN, count_common
 from entropy_pl.callbacks.session import ProbeSession
 from entropy_pl.callbacks.sinks import Sink, publish, summarize
 from entropy_pl.estimators import Baseline
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
-from entropy_pl.peers import Peers
+from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.tangents import Method
 from entropy_pl.probe import EntropyProbe, Precision
 from entropy_pl.reporting import Record, RecordWriter, read_records
@@ -27,6 +27,23 @@ from entropy_pl.updates.steps import was_skipped, watch_steps
 
 DEFAULT_MAX_NEW_TOKENS = 256
 NOT_COMPARED = ("seconds", "memory")  # of two records of one step: how the machine was, not what was found
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What a door has found in its run.
+
+    Args:
+        session: the probing of it.
+        optimizer: to be watched.
+        directory: for records and figures.
+        sinks: makes the run's loggers; called in the first process alone.
+    """
+
+    session: ProbeSession
+    optimizer: Any
+    directory: Path
+    sinks: Callable[[], Sequence[Sink]]
 
 
 class ProbeDoor:
@@ -132,6 +149,8 @@ class ProbeDoor:
         with self._refusing():
             if every_n_steps < 0:
                 raise ValueError(f"expected every_n_steps ≥ 0 (0 is off), got {every_n_steps}")
+            if max_new_tokens is not None and max_new_tokens < 1:
+                raise ValueError(f"expected max_new_tokens of at least 1, or None for the run's, got {max_new_tokens}")
             EntropyProbe(**self._options, temperature=1.0 if temperature is None else temperature)
         self._reward_metric = reward_metric
         self._output_directory = output_directory
@@ -155,9 +174,9 @@ class ProbeDoor:
         policy: nn.Module,
         tokenizer: Any,
         prompts: list[str],
-        temperature: float = 1.0,
+        temperature: float | None = None,
         max_new_tokens: int | None = None,
-        peers: Peers | None = None,
+        peers: Peers = ALONE,
     ) -> ProbeSession:
         """The probing of one run; ``temperature`` and ``max_new_tokens`` are the run's, used where none was given.
 
@@ -165,34 +184,47 @@ class ProbeDoor:
             ValueError: if the options do not fit the prompts, or the prompts the policy (Lightning's
                 MisconfigurationException from Lightning's door).
         """
-        temperature = temperature if self._temperature is None else self._temperature
+        temperatures = (self._temperature, temperature, 1.0)
         with self._refusing():
             return ProbeSession(
                 policy,
                 tokenizer,
                 prompts,
-                EntropyProbe(**self._options, temperature=temperature),
+                EntropyProbe(**self._options, temperature=next(t for t in temperatures if t is not None)),
                 max_new_tokens=self._max_new_tokens or max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
-                peers=peers or Peers.of_this_run(),
+                peers=peers,
                 **self._sampling,
             )
 
     # ------------------------------------------------------------------------------------------ for the doors to call
 
-    def _open(self, session: ProbeSession, optimizer: Any, directory: Path, sinks: Sequence[Sink]) -> None:
-        """A run begins: watch the optimizer's steps, and make ready what the first process writes to."""
+    def _attach(self, find: Callable[[Peers], Attachment]) -> None:
+        """A run begins: find what the probe needs in it and watch its steps, in all processes or in none."""
         self._close()
+        peers = Peers.of_this_run()
+        try:
+            with self._refusing(), peers.together():
+                self._open(find(peers))
+                peers.exchange(None)
+        except BaseException:
+            self._close()
+            peers.close()
+            raise
+
+    def _open(self, found: Attachment) -> None:
+        """Watch the optimizer's steps, and make ready what the first process writes to."""
+        session = found.session
         self.records, self._attempted, self._was_open = [], False, True
-        self._session, self._watched = session, optimizer
-        refuse_sharded(session.model, None)
+        self._session, self._watched = session, found.optimizer
         if session.peers.rank == 0:
-            self._writer = _writer_in(directory)
+            self._writer = _writer_in(found.directory)
             self._written = _records_in(self._writer.path)
-            self._sinks = list(sinks)
+            self._sinks = list(found.sinks())
             for sink in self._sinks:
                 sink.prepare()
-            Console(soft_wrap=True).print(self._announcement(session), highlight=False, markup=False)
-        self._handle = watch_steps(optimizer, self._before_step, self._after_step)
+            with whatever_happens("say what a probe will take"):
+                Console(soft_wrap=True).print(self._announcement(session), highlight=False, markup=False)
+        self._handle = watch_steps(found.optimizer, self._before_step, self._after_step)
 
     def _note_update_prompts(self, update_prompts: Any) -> None:
         """Count the E prompts that the run trains on, warn of them, and say so in every record."""
@@ -209,11 +241,17 @@ class ProbeDoor:
 
     def _attempt(self) -> None:
         """A step begins: a gradient scaler may skip it, and then the optimizer's own hooks say nothing."""
-        self._close_skipped()
+        if self._handle is not None and not self._handle.under_way:  # else a closure is called once more
+            self._close_skipped()
         self._attempted = True
 
+    def _between_steps(self) -> None:
+        """No step is under way: one that has begun and not ended was skipped, or raised and was caught."""
+        if self._handle is not None:
+            self._handle.reset()
+        self._close_skipped()
+
     def _close_skipped(self) -> None:
-        """A step that has not ended by now was skipped."""
         if self._attempted and self._session is not None:
             self._end_step(self._session.skipped)
 
@@ -276,14 +314,17 @@ class ProbeDoor:
         ) as bar:
 
             def advance(phase: str) -> None:
-                bar.set_postfix_str(phase, refresh=False)
-                bar.update()
+                with suppress(OSError, ValueError):  # a terminal that is gone
+                    bar.set_postfix_str(phase, refresh=False)
+                    bar.update()
 
             return self._session.measure(step, advance)
 
     def _keep(self, record: Record) -> None:
         """Write the record at once, so that nothing measured is lost with the run; then show it."""
-        record["reward"] = self._reward()
+        record["reward"] = None
+        with whatever_happens("read the run's reward"):
+            record["reward"] = self._reward()
         self.records.append(record)
         if self._writer is None:
             return

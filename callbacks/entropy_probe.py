@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 
 from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizer, find_policy, find_tokenizer, refuse_sharded
-from entropy_pl.callbacks.door import ProbeDoor
+from entropy_pl.callbacks.door import Attachment, ProbeDoor
 from entropy_pl.callbacks.prompts import find_prompts
 from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
+from entropy_pl.peers import Peers
 from entropy_pl.updates.steps import inner_optimizer
 
 
@@ -33,11 +41,13 @@ class EntropyProbeCallback(ProbeDoor, Callback):
     """
 
     refusal = MisconfigurationException
+    _trainer: Trainer | None = None
 
     @property
     def state_key(self) -> str:
-        """Tells two probes of one run apart in a checkpoint."""
-        return self._generate_state_key(every_n_steps=self.every_n_steps, policy=self._policy, **self._sampling)
+        """Tells probes of one Trainer apart in a checkpoint; all but one of them are off."""
+        told_apart = {"every_n_steps": self.every_n_steps, "policy": self._policy, "optimizer": self._optimizer}
+        return self._generate_state_key(**told_apart, seed=self._sampling["seed"])
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps the watched optimizer has taken."""
@@ -56,35 +66,20 @@ class EntropyProbeCallback(ProbeDoor, Callback):
     # -------------------------------------------------------------------------------------------- Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """A new run counts anew; one that does not train is refused."""
+        """A new run counts anew, the same Trainer's goes on; where nothing is trained there is nothing to probe."""
         if stage == "fit":
-            self._step = None
+            if trainer is not self._trainer:
+                self._step = None
+            self._trainer = trainer
         elif self.every_n_steps and not self._was_open:
-            raise MisconfigurationException(
-                f"expected a run that trains, got trainer.{TrainerFn(stage).value}(): {NOT_TRAINING}"
-            )
+            # it may be validated before it is trained
+            rank_zero_warn(f"expected a run that trains, got trainer.{TrainerFn(stage).value}(): {NOT_TRAINING}")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find what the probe needs, and refuse now rather than in an hour."""
         if self.every_n_steps == 0:
             return
-        self._refuse_other_probes(trainer)
-        datamodule = getattr(trainer, "datamodule", None)
-        with self._refusing():
-            policy = find_policy(pl_module, self._policy)
-            refuse_sharded(policy, _sharding(trainer))
-            owners = [owner for owner in (pl_module, datamodule) if owner is not None]
-            tokenizer = find_tokenizer(self._tokenizer, owners)
-            session = self.session_for(
-                policy,
-                tokenizer,
-                find_prompts(self._prompts, getattr(datamodule, "e_prompts", None), tokenizer, self._prompt_column),
-                getattr(pl_module, "temperature", 1.0),
-                getattr(pl_module, "max_new_tokens", None),
-            )
-            optimizer = find_optimizer(trainer.optimizers, policy, self._optimizer)
-            self._trainer = trainer
-            self._open(session, optimizer, self.directory(trainer), _sinks(trainer.loggers))
+        self._attach(lambda peers: self._found_in(trainer, pl_module, peers))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without a count from a checkpoint, take the Trainer's, which counts the steps of all optimizers together."""
@@ -101,7 +96,7 @@ class EntropyProbeCallback(ProbeDoor, Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """A step that has not ended by now was skipped."""
-        self._close_skipped()
+        self._between_steps()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the probes as a table and a figure, and say where everything lies."""
@@ -113,7 +108,28 @@ class EntropyProbeCallback(ProbeDoor, Callback):
 
     # -------------------------------------------------------------------------------------------------------- details
 
+    def _found_in(self, trainer: Trainer, pl_module: LightningModule, peers: Peers) -> Attachment:
+        self._refuse_other_probes(trainer)
+        if 0 in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches):
+            raise ValueError(f"expected a run that trains, got trainer.fit() without a step to take: {NOT_TRAINING}")
+        datamodule = getattr(trainer, "datamodule", None)
+        policy = find_policy(pl_module, self._policy)
+        refuse_sharded(policy, _sharding(trainer))
+        owners = [owner for owner in (pl_module, datamodule) if owner is not None]
+        tokenizer = find_tokenizer(self._tokenizer, owners)
+        session = self.session_for(
+            policy,
+            tokenizer,
+            find_prompts(self._prompts, getattr(datamodule, "e_prompts", None), tokenizer, self._prompt_column),
+            getattr(pl_module, "temperature", None),
+            getattr(pl_module, "max_new_tokens", None),
+            peers,
+        )
+        optimizer = find_optimizer(trainer.optimizers, policy, self._optimizer)
+        return Attachment(session, optimizer, self.directory(trainer), lambda: _sinks(trainer.loggers))
+
     def _reward(self) -> float | None:
+        assert self._trainer is not None
         reward = self._trainer.callback_metrics.get(self._reward_metric)
         return None if reward is None else float(reward)
 
@@ -159,8 +175,9 @@ def _sinks(loggers: Sequence[Logger]) -> list[Sink]:
 def _sharding(trainer: Trainer) -> str | None:
     """The strategy, unless it is known to leave the policy whole in every process."""
     strategy = trainer.strategy
-    whole = isinstance(strategy, DDPStrategy | SingleDeviceStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-    return None if whole else type(strategy).__name__
+    whole = isinstance(strategy, DDPStrategy | SingleDeviceStrategy)
+    other = isinstance(strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)  # inherit from these
+    return None if whole and not other else type(strategy).__name__
 
 
 def _update_prompts(trainer: Trainer) -> Any:

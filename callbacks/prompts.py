@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from entropy_pl.policy.rng import isolated_rng
@@ -36,6 +37,10 @@ def prompt_texts(prompts: Any, tokenizer: PreTrainedTokenizerBase, column: str =
             f"expected prompts as a list of strings, a list of chats or a dataset, got {type(prompts).__name__}"
         )
     columns = getattr(prompts, "column_names", None)
+    if not hasattr(prompts, "__len__"):
+        raise ValueError(
+            f"expected prompts that can be counted, got a stream ({type(prompts).__name__}): take(n) of it"
+        )
     if columns is None:
         rows = list(prompts)
     elif column in columns:
@@ -73,13 +78,14 @@ def count_common(
         tokenizer: of the policy.
         column: of a dataset.
     """
-    if not (isinstance(update_prompts, list | tuple) or hasattr(update_prompts, "column_names")):
+    table = hasattr(update_prompts, "column_names") and hasattr(update_prompts, "__len__")
+    if not (isinstance(update_prompts, list | tuple) or table):
         return None  # a stream, or rows made as they are asked for: reading it would be felt by the run
     try:
         with isolated_rng():  # a dataset may transform its rows at random
             learnt = set(prompt_texts(update_prompts, tokenizer, column))
-    except (ValueError, TypeError):
-        return None  # tensors of tokens, say
+    except Exception:  # tensors of tokens, say; whatever it is, it is the run's own business
+        return None
     return len(learnt.intersection(prompts))
 
 
@@ -118,11 +124,14 @@ def _text(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase, column: s
             "without one: set tokenizer.chat_template, or give prompts as strings"
         )
     continued = prompt[-1]["role"] == "assistant"  # the policy goes on with what is there of its turn
-    return str(
-        tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
+            )
         )
-    )
+    except TemplateError as error:
+        raise ValueError(f"expected a chat that the tokenizer's template takes, got prompt {index}: {error}") from error
 
 
 def _is_chat(prompt: Any) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from entropy_pl.callbacks.prompts import fingerprint
 from entropy_pl.peers import ALONE, Peers
@@ -23,7 +25,8 @@ from entropy_pl.rollout import Rollout
 from entropy_pl.updates.record import UpdateRecorder
 from entropy_pl.updates.vector import UpdateVector
 
-SAME_STEP = 1e-6  # relative difference of ‖v‖ between processes: 1e-7 is float32's, another gradient gives 1e-2
+NOT_ALL = "expected all processes to take this step, got some that did not: their policies are no longer one"
+SAME_STEP = 1e-6  # relative to the norms: rounding of float32 is 1e-7, another gradient gives 1e-3 and more
 
 
 @dataclass
@@ -126,8 +129,14 @@ class ProbeSession:
     def skipped(self, step: int) -> Record:
         """The record of a step that was due and did not happen, and disarm."""
         self.disarm()
+        try:
+            if any(other is not None for other in self.peers.exchange(None)):
+                raise ValueError(NOT_ALL)
+        except Exception as error:
+            return self._record(step, "failed") | {"message": f"{type(error).__name__}: {error}"}
         return self._record(step, "skipped") | {
-            "message": "the optimizer's step was skipped (gradients that were not finite, under a gradient scaler)"
+            "message": "the optimizer's step did not take place, or did not end: a gradient scaler skips one whose "
+            "gradients are not finite"
         }
 
     def measure(self, step: int, on_pass: Callable[[str], None] = lambda phase: None) -> Record:
@@ -143,6 +152,7 @@ class ProbeSession:
         record = self._record(step, "ok")
         start = time.perf_counter()
         memory = None
+        kept = 0 if self._recorder is None else self._recorder.bytes()  # in use before the block below begins
         try:
             with peak_memory(model_device(self.model)) as memory:
                 record |= self._measured(record, step, on_pass)
@@ -151,7 +161,7 @@ class ProbeSession:
             warnings.warn(f"entropy probe at step {step} failed, training goes on. {record['message']}", stacklevel=2)
         finally:
             self.disarm()
-        record["memory"] = None if memory is None else {"kind": memory.kind, "added_bytes": memory.added}
+        record["memory"] = None if memory is None else {"kind": memory.kind, "added_bytes": kept + memory.added}
         record.setdefault("seconds", {})["total"] = time.perf_counter() - start
         return record
 
@@ -183,12 +193,13 @@ class ProbeSession:
             return {"status": "no_movement", "message": message}
         assert self._recorder is not None
         seconds: dict[str, float] = {}
-        with self._recorder.at_theta_before():
+        with ExitStack() as theta_before:
             with self.peers.together():
+                theta_before.enter_context(self._recorder.at_theta_before())
                 with timed(seconds, "sampling", self.model):
                     rollout = self._draw(step)
+                on_pass("sampling")
                 self.peers.exchange(None)
-            on_pass("sampling")
             scores = self.probe.collect(self.model, rollout, update, peers=self.peers, on_pass=on_pass)
         result = self.probe.reduce(scores, update).to_dict()
         result["seconds"] = seconds | result["seconds"]
@@ -203,12 +214,17 @@ class ProbeSession:
                 raise RuntimeError("no step is being watched: call arm() before the optimizer's step")
             update = self._recorder.read(keep=False)  # what it refers to stays as it is until the probe is over
             record["lr"] = update.lr
-            norms = self.peers.exchange(update.norm())
-        if max(norms) - min(norms) > SAME_STEP * max(norms):
-            raise ValueError(
-                f"expected all {self.peers.size} processes to take the same step, got norms {norms}: their gradients "
-                "are not reduced, so that they train policies of their own; probe each in a run of its own"
-            )
+            theta = self._recorder.theta_before
+            said = self.peers.exchange((_sketch(update.direction), _sketch(theta)))
+        if None in said:
+            raise ValueError(NOT_ALL)
+        steps, policies = zip(*said, strict=True)
+        for what, sketches in (("take the same step", steps), ("hold the same policy", policies)):
+            if not _are_one(sketches):
+                raise ValueError(
+                    f"expected all {self.peers.size} processes to {what}, got (norm, projection) {list(sketches)}: "
+                    "they train policies of their own, whose gradients are not reduced; probe each in a run of its own"
+                )
         return update
 
     @property
@@ -231,3 +247,19 @@ class ProbeSession:
                 temperature=self.probe.temperature,
                 batch_size=self.sample_batch_size,
             )
+
+
+def _sketch(tensors: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Norm, and projection onto a fixed direction that no training would follow: what tells two vectors apart."""
+    squares = projection = 0.0
+    for tensor in tensors.values():
+        flat = tensor.detach().flatten().double()
+        squares += float(flat @ flat)
+        projection += float(flat @ torch.arange(len(flat), device=flat.device, dtype=flat.dtype).cos())
+    return math.sqrt(squares), projection
+
+
+def _are_one(sketches: Sequence[tuple[float, float]]) -> bool:
+    norm, projection = sketches[0]
+    tolerance = SAME_STEP * norm
+    return all(abs(n - norm) <= tolerance and abs(p - projection) <= tolerance for n, p in sketches)

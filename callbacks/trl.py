@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -14,9 +16,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
 from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizer, find_policy, find_tokenizer, refuse_sharded
-from entropy_pl.callbacks.door import ProbeDoor
+from entropy_pl.callbacks.door import Attachment, ProbeDoor
 from entropy_pl.callbacks.prompts import find_prompts
 from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
+from entropy_pl.peers import Peers
+
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+WITH_A_CLOCK = ("DVCLiveCallback",)
 
 
 class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
@@ -47,6 +53,9 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
         super().__init__(prompts, **options)
         self._trainer = trainer
         self._state: TrainerState | None = None
+        self._rewards_before = 0
+        self._last_reward: float | None = None
+        self._has_warned = False
         self._writer_of_our_own: SummaryWriter | None = None
 
     def directory(self, args: TrainingArguments) -> Path:
@@ -70,24 +79,34 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
         self._state, self._step = state, state.global_step
         if self.every_n_steps == 0:
             return
-        assert model is not None
-        with self._refusing():
+
+        def find(peers: Peers) -> Attachment:
+            assert model is not None
+            refuse_sharded(model, _sharding(args))
             policy = find_policy(model, self._policy)
-            refuse_sharded(policy, _sharding(args))
+            if state.max_steps == 0:
+                raise ValueError(
+                    f"expected a run that trains, got trainer.train() without a step to take: {NOT_TRAINING}"
+                )
             tokenizer = find_tokenizer(processing_class if self._tokenizer is None else self._tokenizer, [])
+            kept = getattr(self._trainer, "eval_dataset", None)
             session = self.session_for(
                 policy,
                 tokenizer,
-                find_prompts(
-                    self._prompts, getattr(self._trainer, "eval_dataset", None), tokenizer, self._prompt_column
-                ),
-                getattr(args, "temperature", 1.0),
+                find_prompts(self._prompts, kept, tokenizer, self._prompt_column),
+                getattr(args, "temperature", None),
                 getattr(args, "max_completion_length", None),
+                peers,
             )
             watched = find_optimizer([optimizer], policy, self._optimizer)
-            sinks = self._find_sinks(args, state, control) if session.peers.rank == 0 else []
-            self._open(session, watched, self.directory(args), sinks)
+            return Attachment(session, watched, self.directory(args), lambda: self._find_sinks(args, state, control))
+
+        self._attach(find)
         self._note_update_prompts(getattr(train_dataloader, "dataset", None))
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Note which of the rewards that the trainer keeps are of steps before."""
+        self._rewards_before = len(self._rewards())
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Note that a step begins."""
@@ -95,7 +114,7 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """A step that has not ended by now was skipped."""
-        self._close_skipped()
+        self._between_steps()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Show the probes as a table and a figure, and say where everything lies."""
@@ -105,21 +124,32 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
             self._writer_of_our_own = None
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        """Refuse a Trainer that only evaluates."""
-        if self.every_n_steps and not self._was_open:
-            raise ValueError(f"expected a run that trains, got an evaluation: {NOT_TRAINING}")
+        """Where nothing is trained there is nothing to probe; but it may be evaluated before it is trained."""
+        if self.every_n_steps and not self._was_open and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"expected a run that trains, got an evaluation: {NOT_TRAINING}", stacklevel=2)
 
     # -------------------------------------------------------------------------------------------------------- details
 
+    def _rewards(self) -> list[float]:
+        """Of every generation since the last log, where the trainer is known and keeps them, as TRL's does."""
+        kept = getattr(self._trainer, "_metrics", None)
+        of_training = kept.get("train") if isinstance(kept, Mapping) else None
+        return list(of_training.get(self._reward_key) or ()) if isinstance(of_training, Mapping) else []
+
     def _reward(self) -> float | None:
-        """This step's, where the trainer is known and keeps it (TRL does), else the one that was logged last."""
-        key = self._reward_metric.removeprefix("train/")
-        metrics = getattr(self._trainer, "_metrics", None)
-        values = metrics["train"].get(key) if isinstance(metrics, Mapping) and "train" in metrics else None
-        if values:
-            return float(values[-1])
+        """This step's, or that of the last step which generated anything; else the one that was logged last."""
+        new = self._rewards()[self._rewards_before :]
+        if new:
+            self._last_reward = sum(new) / len(new)
+        if self._last_reward is not None:
+            return self._last_reward
         logged = () if self._state is None else reversed(self._state.log_history)
-        return next((float(entry[key]) for entry in logged if key in entry), None)
+        return next((float(entry[self._reward_key]) for entry in logged if self._reward_key in entry), None)
+
+    @property
+    def _reward_key(self) -> str:
+        return self._reward_metric.removeprefix("train/")
 
     def _find_sinks(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> list[Sink]:
         if self._trainer is None:
@@ -129,6 +159,12 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
             if isinstance(callback, TensorBoardCallback):
                 if callback.tb_writer is not None:
                     sinks.append(TensorBoardSink(callback.tb_writer, callback.tb_writer.log_dir))
+            elif type(callback).__name__ in WITH_A_CLOCK:
+                warnings.warn(
+                    f"the probe's curves do not go to {type(callback).__name__}: it counts steps by what it is given "
+                    "to log, and would count the run's wrong",
+                    stacklevel=2,
+                )
             elif type(callback) in INTEGRATION_TO_CALLBACK.values():
                 sinks.append(ReporterSink(callback, args, state, control))
         return sinks
@@ -170,6 +206,10 @@ class ReporterSink:
 
 
 def _sharding(args: TrainingArguments) -> str | None:
-    """What the arguments say of parameters that no process holds whole."""
-    kinds = {"deepspeed": "DeepSpeed", "fsdp": "FSDP"}
-    return next((shown for name, shown in kinds.items() if getattr(args, name, None)), None)
+    """What arguments and launcher say of parameters that no process holds whole."""
+    named = {"deepspeed": "DeepSpeed", "fsdp": "FSDP"}
+    chosen = next((shown for name, shown in named.items() if getattr(args, name, None)), None)
+    if chosen is None and AcceleratorState._shared_state:  # by `accelerate config`, the arguments know nothing of it
+        kind = AcceleratorState().distributed_type
+        chosen = str(kind.value) if kind in SHARDING else None
+    return chosen

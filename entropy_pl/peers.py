@@ -9,7 +9,7 @@ of it and give up too.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -60,7 +60,8 @@ class Peers:
     def close(self) -> None:
         """Give the group back; nothing can be exchanged after it."""
         if self.group is not None and dist.is_initialized():
-            dist.destroy_process_group(self.group)
+            with suppress(ValueError, RuntimeError):  # given back already
+                dist.destroy_process_group(self.group)
 
     def share(self, items: list[T]) -> list[T]:
         """This process's part of a list, in order; parts differ by one item at most, and may be empty."""

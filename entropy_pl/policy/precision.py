@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from types import MethodType
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,13 +22,15 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     """The model as a probe uses it: eval mode, no autocast, no TF32, every floating tensor float32 or better.
 
     (TF32 only where `matmul_precision` asks for it.) What trainers wrap around ``forward`` is off: `torch.compile`, and
-    the autocast that Accelerate puts inside it, where no outer context reaches. Modes, tensors and settings are put
+    the autocast that Accelerate puts inside it, where no outer context reaches. Attention kernels that know half
+    precision only give way to PyTorch's. Modes, tensors and settings are put
     back to the bit on leaving. Quantized layers keep their weights and compute in float32. Entering it again inside
     costs nothing but a walk over the modules.
     """
     with (
         evaluation_mode(model),
         own_forward(model),
+        _attention_in_any_precision(model),
         _without_autocast(model),
         chosen_matmul(),
         _at_least(model, torch.float32),
@@ -49,6 +53,7 @@ def float64_evaluation(model: nn.Module) -> Iterator[None]:
     with (
         evaluation_mode(model),
         own_forward(model),
+        _attention_in_any_precision(model),
         _without_autocast(model),
         _at_least(model, torch.float64),
         _default_dtype(torch.float64),
@@ -134,7 +139,9 @@ def own_forward(model: nn.Module) -> Iterator[None]:
                 own = attributes["_original_forward"]
             elif hasattr(forward, "_torchdynamo_orig_callable"):
                 wrapped = module._modules.get("_orig_mod")
-                own = wrapped if wrapped is not None else type(module).forward.__get__(module)
+                own = forward._torchdynamo_orig_callable if wrapped is None else wrapped
+                if inspect.ismethod(forward) and not inspect.ismethod(own):
+                    own = MethodType(own, module)
             else:
                 continue  # the author's own
             kept.append((attributes, "forward", forward))
@@ -143,6 +150,25 @@ def own_forward(model: nn.Module) -> Iterator[None]:
     finally:
         for attributes, name, value in reversed(kept):
             attributes[name] = value
+
+
+@contextmanager
+def _attention_in_any_precision(model: nn.Module) -> Iterator[None]:
+    """PyTorch's own attention in the place of kernels that know half precision only (FlashAttention and its like)."""
+    chosen: dict[int, tuple[Any, str]] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        kernel = getattr(config, "_attn_implementation_internal", None)
+        if kernel not in (None, "eager", "sdpa"):
+            chosen.setdefault(id(config), (config, kernel))
+    supported = all(getattr(module, "_supports_sdpa", True) for module in model.modules())
+    for config, _ in chosen.values():
+        config._attn_implementation_internal = "sdpa" if supported else "eager"
+    try:
+        yield
+    finally:
+        for config, kernel in chosen.values():
+            config._attn_implementation_internal = kernel
 
 
 @contextmanager

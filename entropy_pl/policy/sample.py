@@ -134,10 +134,12 @@ def check_prompts(
         Tokens of the longest prompt.
 
     Raises:
-        ValueError: if a prompt has no token, or prompt and completion do not fit the model's context.
+        ValueError: if a prompt has no token or one the model does not know, or prompt and completion do not fit its
+            context.
     """
-    tokens = _tokenize(tokenizer, prompts)
-    _check_context(_generating_model(model), tokens, max_new_tokens)
+    tokens, generator = _tokenize(tokenizer, prompts), _generating_model(model)
+    _check_tokens(generator, tokens)
+    _check_context(generator, tokens, max_new_tokens)
     return max(map(len, tokens))
 
 

@@ -14,6 +14,7 @@ from entropy_pl.policy.sample import MAX_ROWS
 from entropy_pl.policy.score import HEAD_CHUNK_BYTES, default_batch_tokens, output_head
 from entropy_pl.probe.engine import EntropyProbe
 
+READING_BYTES = 48  # a number: Δθ, AdamW's three parts of it, and what is left of their sum, in float64
 HEAD_TEMPORARIES = 3  # of a chunk of logits in the entropy's dtype: shifted, exponentials, and their products
 
 
@@ -27,6 +28,7 @@ class ProbeMemory:
         widened: parameters narrower than the probe's precision, held in it for the time.
         cache: keys and values while sampling.
         scoring: one micro-batch's logits, what softmax and entropy make of a chunk of them, and its activations.
+        reading: the update's parts of one parameter in float64, before and after the passes.
     """
 
     snapshot: int
@@ -34,11 +36,12 @@ class ProbeMemory:
     widened: int
     cache: int
     scoring: int
+    reading: int
 
     @property
     def total(self) -> int:
-        """At the worst moment: sampling and scoring do not overlap."""
-        return self.snapshot + self.widened + max(self.cache, self.displaced + self.scoring)
+        """At the worst moment: reading, sampling and scoring do not overlap."""
+        return self.snapshot + max(self.widened + max(self.cache, self.displaced + self.scoring), self.reading)
 
     def __str__(self) -> str:
         parts = {name: amount for name, amount in asdict(self).items() if amount >= 0.01 * self.total}
@@ -83,6 +86,7 @@ def probe_memory(
         cache=2 * layers * kv_heads * head_size * min(rows, MAX_ROWS) * length * wide.itemsize,
         scoring=(scored * vocabulary + tokens * (8 * hidden + 3 * inner)) * wide.itemsize
         + HEAD_TEMPORARIES * min(HEAD_CHUNK_BYTES, entropy_bytes),
+        reading=READING_BYTES * max(p.numel() for p in trainable),
     )
 
 

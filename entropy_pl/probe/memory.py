@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import psutil
@@ -46,12 +46,14 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
             seen.append(max(seen.pop(), in_use()))
 
     watcher = threading.Thread(target=look, name="entropy-probe-memory", daemon=True)
-    watcher.start()
+    with suppress(RuntimeError):  # no room for a thread: there are looks at both ends all the same
+        watcher.start()
     try:
         yield peak
     finally:
         over.set()
-        watcher.join()
+        if watcher.ident is not None:
+            watcher.join()
         after = highest()
         peak.added = max(seen[0], in_use(), after if after > before else 0) - start
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,8 @@ class UpdateRecorder:
     def read(self, keep: bool = True) -> UpdateVector:
         """Take Δθ/lr_ref in float64, and the components where the optimizer is Adam-like.
 
-        No movement (a skipped step, a learning rate of zero) gives a direction of zeros.
+        No movement (a skipped step, a learning rate of zero) gives a direction of zeros. An optimizer without a
+        learning rate (Adafactor's own schedule) counts as one of rate 1.
 
         Args:
             keep: True holds all in float64, 40 bytes a number with components. False holds nothing: direction,
@@ -95,7 +97,7 @@ class UpdateRecorder:
         after = {name: parameter.detach() for name, parameter in self._parameters.items()}
         names = self._names()
         lr = max(
-            float(group.get("lr", 1.0))
+            _rate(group)
             for group in self._optimizer.param_groups
             if any(id(parameter) in names for parameter in group["params"])
         )
@@ -107,6 +109,15 @@ class UpdateRecorder:
         splits = None if absent else _Splits(before, self._splitters(lr))
         self._update = _kept(change, splits, lr, absent) if keep else _lazy(change, splits, lr, absent)
         return self._update
+
+    @property
+    def theta_before(self) -> Mapping[str, Tensor]:
+        """θ of before the step, by parameter name, in the parameters' own dtype.
+
+        Raises:
+            RuntimeError: without a snapshot.
+        """
+        return self._snapshot()
 
     def at_theta_before(self) -> AbstractContextManager[None]:
         """The model as it was before the step, for as long as the context lasts."""
@@ -139,6 +150,11 @@ class UpdateRecorder:
         if isinstance(self._optimizer, torch.optim.Optimizer) and is_adam_like(self._optimizer):
             return adam_splits(self._optimizer, self._names(), lr)
         return bitsandbytes_splits(self._optimizer, self._names(), lr, self._moments)
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    rate = group.get("lr")
+    return 1.0 if rate is None else float(rate)
 
 
 @dataclass(frozen=True, eq=False)

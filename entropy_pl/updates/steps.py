@@ -32,16 +32,27 @@ class StepWatch:
         self._depth = 0  # a step() that calls its parent class's step() is one step, though torch runs hooks for both
         self._undo: list[Callable[[], object]] = []
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a step has begun and not ended: a closure is being called, say."""
+        return self._depth > 0
+
+    def reset(self) -> None:
+        """Between steps: forget one that raised, of which a torch optimizer does not tell."""
+        self._depth = 0
+
     def remove(self) -> None:
         """Stop watching and leave the optimizer as it was; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
 
+    @torch.compiler.disable  # a compiled optimizer step would take the watch for its own code
     def _enter(self, *_: object) -> None:
         if not self._depth:
             self._before()
         self._depth += 1
 
+    @torch.compiler.disable
     def _leave(self, *_: object) -> None:
         self._depth -= 1
         if not self._depth:
@@ -84,7 +95,7 @@ def watch_steps(optimizer: object, before: Callable[[], object], after: Callable
     """Call ``before()`` right before and ``after()`` right after each step the optimizer executes.
 
     A step that a wrapper or a gradient scaler leaves out calls neither; nor is ``after()`` called for a step that
-    raised (of a torch optimizer, watch it anew then). One that a fused kernel suppresses by itself calls both: ask
+    raised (of a torch optimizer, reset the watch then). One that a fused kernel suppresses by itself calls both: ask
     :func:`was_skipped` in ``after()``. Under automatic optimization in Lightning the closure runs between the two.
 
     Torch's optimizers are watched by their hooks. Wrappers of accelerate and Lightning are watched in what they wrap;

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -24,7 +25,7 @@ from torch import nn
 
 from entropy_pl.callbacks import EntropyProbeCallback
 from entropy_pl.callbacks.attach import refuse_sharded
-from entropy_pl.callbacks.prompts import prompt_texts
+from entropy_pl.callbacks.prompts import count_common, prompt_texts
 from entropy_pl.policy import derived_seed
 from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.policy.sample import sample_completions
@@ -32,6 +33,7 @@ from entropy_pl.probe import EntropyProbe
 from entropy_pl.reporting import RecordWriter, read_records
 from entropy_pl.updates import UpdateRecorder, record_update
 
+LARGER = build_tokenizer("".join(map(chr, range(256, 400))) + "0123456789+=")  # than the policy's vocabulary
 PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(6)]
 LR = 1e-2
 
@@ -414,6 +416,29 @@ class Deterministic(ForeignModule):
         return torch.utils.data.DataLoader(tokens.expand(8, 8), batch_size=4)
 
 
+def test_streams_are_left_alone(tmp_path):
+    """A dataset without an end: of U, nothing is known; of E, it is refused."""
+
+    def rows() -> Any:
+        while True:
+            yield {"prompt": "1+1="}
+
+    endless = IterableDataset.from_generator(rows)
+    tokenizer = build_tokenizer()
+    assert count_common(PROMPTS, endless, tokenizer, "prompt") is None
+    with pytest.raises(ValueError, match=r"that can be counted, got a stream \(IterableDataset\): take"):
+        prompt_texts(endless, tokenizer)
+
+
+def test_a_template_that_refuses_a_chat():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    chats = [[{"role": "user", "content": "1+1="}]]
+    with pytest.raises(ValueError, match=r"the tokenizer's template takes, got prompt 0: roles must alternate"):
+        prompt_texts(chats, tokenizer)
+    assert count_common(PROMPTS, chats, tokenizer, "prompt") is None  # the run's own business
+
+
 def test_prompts_in_other_forms(tmp_path):
     """Chats, rows, a dataset's column and files of them give the texts that strings would."""
     tokenizer = build_tokenizer()
@@ -461,10 +486,108 @@ def test_an_evaluation_alone_is_refused(tmp_path, stage):
         val_dataloader = test_dataloader = ForeignModule.train_dataloader
 
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
-    with pytest.raises(MisconfigurationException, match=rf"expected a run that trains, got trainer.{stage}\(\)"):
-        getattr(Trainer(callbacks=[probe()], **options), stage)(Evaluates(), verbose=False)
-    trained = fit(Evaluates(), tmp_path, probe(), limit_val_batches=0)
-    getattr(trained, stage)(Evaluates(), verbose=False)  # after a training it is nobody's mistake
+    trainer = Trainer(callbacks=[probe()], max_steps=1, limit_val_batches=1, limit_test_batches=1, **options)
+    with pytest.warns(UserWarning, match=rf"a run that trains, got trainer.{stage}\(\): .* entropy-pl measure"):
+        getattr(trainer, stage)(Evaluates(), verbose=False)
+    trainer.fit(Evaluates())  # validated first, as many are
+    assert len(trainer.callbacks[0].records) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="expected a run that trains")
+        getattr(trainer, stage)(Evaluates(), verbose=False)  # after a training it is nobody's mistake
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"limit_train_batches": 0}, {"max_epochs": 0, "steps": -1}])
+def test_a_fit_that_takes_no_step_is_refused(tmp_path, options):
+    with pytest.raises(MisconfigurationException, match=r"got trainer.fit\(\) without a step to take: the probe"):
+        fit(ForeignModule(), tmp_path, probe(), **options)
+
+
+def test_optimizers_that_call_the_closure_more_than_once(tmp_path):
+    """LBFGS: three looks at the loss, one step."""
+
+    class Lines(ForeignModule):
+        def configure_optimizers(self) -> Any:
+            trainable = [p for p in self.policy.parameters() if p.requires_grad]
+            return torch.optim.LBFGS(trainable, lr=1e-3, max_iter=3)
+
+    callback = probe(every_n_steps=1)
+    fit(Lines(), tmp_path, callback, steps=3, gradient_clip_val=None)
+    assert [(r["step"], r["status"]) for r in callback.records] == [(0, "ok"), (1, "ok"), (2, "ok")]
+
+
+def test_a_step_that_raised_and_was_caught_is_not_the_end_of_the_probe(tmp_path):
+    class Stumbles(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.policy(input_ids=batch, labels=batch).loss)
+            optimizer.optimizer.stumble = batch_idx == 1
+            try:
+                optimizer.step()
+            except torch.OutOfMemoryError:
+                self.caught = True
+
+        def configure_optimizers(self) -> Any:
+            return Stumbling([p for p in self.policy.parameters() if p.requires_grad], lr=LR)
+
+    module, callback = Stumbles(), probe(every_n_steps=1)
+    fit(module, tmp_path, callback, steps=4, gradient_clip_val=None)
+    assert module.caught
+    statuses = [r["status"] for r in callback.records]
+    assert statuses == ["ok", "skipped", "ok", "ok", "ok"]  # the Trainer counts the four that it took
+    assert "did not take place, or did not end" in callback.records[1]["message"]
+
+
+class Stumbling(torch.optim.SGD):
+    stumble = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.stumble:
+            closure()
+            raise torch.OutOfMemoryError("no room for the step")
+        return super().step(closure)
+
+
+def test_a_compiled_optimizer_step(tmp_path):
+    class Compiled(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            optimizer = self.optimizers().optimizer
+            optimizer.zero_grad()
+            self.manual_backward(self.policy(input_ids=batch, labels=batch).loss)
+            torch.compile(lambda: optimizer.step(), backend="eager")()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([p for p in self.policy.parameters() if p.requires_grad], lr=torch.tensor(LR))
+
+    torch._dynamo.reset()
+    callback = probe(every_n_steps=2)
+    fit(Compiled(), tmp_path, callback, steps=-1, max_epochs=1, limit_train_batches=4, gradient_clip_val=None)
+    assert [(r["step"], r["status"], r["message"]) for r in callback.records] == [(0, "ok", None), (2, "ok", None)]
+
+
+def test_the_snapshot_is_among_the_memory(tmp_path):
+    class Whole(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.policy = build_model(vocab_size=20_000, hidden_size=64)  # 2.6 M parameters
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.policy.parameters(), lr=1e-5)
+
+    module, callback = Whole(), probe(every_n_steps=1, eta_multipliers=())
+    fit(module, tmp_path, callback, steps=2)
+    snapshot = sum(p.numel() * 4 for p in module.policy.parameters())
+    for record in callback.records:
+        assert record["status"] == "ok"
+        assert record["memory"]["added_bytes"] > snapshot
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
@@ -484,7 +607,7 @@ def test_a_sharded_policy_is_refused_whatever_the_strategy():
 
     policy = build_model()
     policy.lm_head.weight = nn.Parameter(policy.lm_head.weight.data.as_subclass(DTensor))
-    with pytest.raises(ValueError, match=r"the whole policy, got lm_head.weight as a DTensor: probe a run whose"):
+    with pytest.raises(ValueError, match=r"the whole policy, got lm_head.weight as a shard: probe a run whose"):
         refuse_sharded(policy, None)
 
 
@@ -606,6 +729,11 @@ class NoTokenizer(ForeignModule):
         (ForeignModule, {"num_sequences": 16, "completions_per_prompt": 3}, "multiple of completions_per_prompt"),
         (ForeignModule, {"num_sequences": 1}, "at least 2 E prompts"),
         (ForeignModule, {"prompts": [*PROMPTS, "1" * 70]}, "context of 64 tokens, got 70 prompt tokens"),
+        (
+            ForeignModule,
+            {"tokenizer": LARGER},
+            "token ids below",
+        ),
         (ForeignModule, {"output_directory": __file__}, "a folder for the probe's records that can be written to"),
     ],
 )

@@ -153,7 +153,9 @@ def trace(model: nn.Module, optimizer: Any, gradients: list[torch.Tensor], **fac
             "generation": str(getattr(model, "generation_config", None)),
             "config": str(getattr(model, "config", None)),
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]],
+            "optimizer": type(optimizer).__name__,
             "optimizer_attributes": sorted(vars(optimizer)),
+            "optimizer_hooks": [len(vars(optimizer)[f"_optimizer_step_{when}_hooks"]) for when in ("pre", "post")],
             **facts,
         },
     )
@@ -331,10 +333,12 @@ def test_the_run_is_the_same_with_and_without(tmp_path, values):
     assert not none
     assert [(r["step"], r["status"], r["message"]) for r in records] == [(n, "ok", None) for n in range(STEPS)]
     assert plain.facts == probed.facts
+    kinds = {"sgd": "SGD", "adamw": "AdamW", "fused": "AdamW", "adamw8bit": "AdamW8bit"}
+    assert plain.facts["optimizer"] == kinds[case["optimizer"]]
     assert plain.tensors.keys() == probed.tensors.keys()
     for name, tensor in plain.tensors.items():
         assert torch.equal(tensor, probed.tensors[name]), name
     assert any(name.startswith("gradients") for name in plain.tensors)
     for record in records:  # what is measured is the case's own kind of run
         assert record["method"] == "central_difference"
-        assert record["memory"]["added_bytes"] >= 0
+        assert (record["update_components"] is None) == (case["optimizer"] == "sgd")

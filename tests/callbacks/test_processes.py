@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from processes import run_processes
 from tiny import build_model, build_tokenizer
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM
 
 from entropy_pl import EntropyProbe, Rollout, UpdateVector, sample_completions
+from entropy_pl.callbacks.attach import find_policy, refuse_sharded
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.reporting import read_records
 
@@ -110,7 +113,19 @@ def test_ranks_that_train_apart_are_told_so(tmp_path):
     for rank in (first, second):
         [record] = rank["records"]
         assert record["status"] == "failed"
-        assert "expected all 2 processes to take the same step, got norms [" in record["message"]
+        assert "expected all 2 processes to take the same step, got (norm, projection) [" in record["message"]
+
+
+def test_no_room_for_one_ranks_snapshot(tmp_path):
+    first, second = start(LIGHTNING, tmp_path, 2, processes=2, probe=OPTIONS, fails=["keep", 1])
+    assert [r["status"] for r in first["records"]] == [r["status"] for r in second["records"]] == ["failed", "ok"]
+    assert second["records"][0]["message"] == "OutOfMemoryError: no room for this rank's snapshot"
+
+
+def test_a_rank_that_cannot_begin_ends_the_run_everywhere(tmp_path):
+    """At once and with the reason, not in a deadlock at the first gradient."""
+    with pytest.raises(AssertionError, match="expected the E prompts to be the same in all 2 processes"):
+        start(LIGHTNING, tmp_path, 2, processes=2, probe=OPTIONS, fails=["start", 1])
 
 
 def test_grpo_under_accelerate_launch(tmp_path):
@@ -171,3 +186,21 @@ def test_the_same_config_on_two_processes(tmp_path):
     assert records[0]["e_prompts"]["in_u"] == 0
     assert done.stdout.count("Entropy change per optimizer step") == 1  # one table, whatever the number of processes
     assert "12 completions of up to 8 tokens shared by 2 processes" in done.stdout
+
+
+def shard(rank: int) -> list[str]:
+    policy = FullyShardedDataParallel(build_model(), use_orig_params=True, device_id=torch.device("cpu"))
+    said = []
+    for module in (policy, find_policy(policy, None)):  # as wrapped, and what is within
+        try:
+            refuse_sharded(module, None)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_fsdp_itself_is_refused(tmp_path):
+    """Its parameters look like any others, of another shape."""
+    for outer, inner in run_processes(shard, 2, tmp_path):
+        assert outer.startswith("expected every process to hold the whole policy, got FullyShardedDataParallel around")
+        assert inner.startswith("expected every process to hold the whole policy, got model.embed_tokens.weight as a")

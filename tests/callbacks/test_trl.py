@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -281,8 +282,52 @@ def test_sharded_runs_are_refused(tmp_path, sharder):
 def test_an_evaluation_alone_is_refused(tmp_path):
     trainer = grpo_trainer(tmp_path, report_to=[], per_device_eval_batch_size=8)
     probe(trainer)
-    with pytest.raises(ValueError, match="expected a run that trains, got an evaluation"):
+    with pytest.warns(UserWarning, match="expected a run that trains, got an evaluation: .* entropy-pl measure"):
         trainer.evaluate(eval_dataset=Dataset.from_dict({"prompt": EVALUATED}))
+    trainer.train()  # evaluated first, as many are
+    assert len(read_records(tmp_path / "entropy_probe/records.jsonl")) == 2
+
+
+def test_the_reward_is_the_mean_of_the_steps_generations(tmp_path):
+    """Two generations accumulated into every step."""
+    trainer = grpo_trainer(
+        tmp_path, report_to=[], per_device_train_batch_size=4, gradient_accumulation_steps=4, steps_per_generation=2
+    )
+    callback = probe(trainer, every_n_steps=1, eta_multipliers=())
+    trainer.train()
+    logged = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+    assert [r["reward"] for r in callback.records] == pytest.approx(logged, rel=1e-12)  # a mean, summed likewise
+
+
+def test_a_reporter_that_counts_what_it_logs_is_left_alone(tmp_path, monkeypatch):
+    from entropy_pl.callbacks import trl as door
+
+    class DVCLiveCallback(Reporter):
+        """Like DVCLive's: each call is a step to it."""
+
+    monkeypatch.setitem(door.INTEGRATION_TO_CALLBACK, "dvclive", DVCLiveCallback)
+    trainer, reporter = grpo_trainer(tmp_path, report_to=[], max_steps=2), DVCLiveCallback()
+    trainer.add_callback(reporter)
+    probe(trainer)
+    with pytest.warns(UserWarning, match="the probe's curves do not go to DVCLiveCallback"):
+        trainer.train()
+    assert len(reporter.logged) == 3  # two steps and the run's own summary
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_what_the_launcher_shards_is_refused(tmp_path, monkeypatch, kind):
+    """As after `accelerate config`: the arguments know nothing of it."""
+    from entropy_pl.callbacks import trl as door
+
+    class State:
+        _shared_state: ClassVar[Any] = {"distributed_type": kind}
+        distributed_type = kind
+
+    monkeypatch.setattr(door, "AcceleratorState", State)
+    trainer = grpo_trainer(tmp_path, report_to=[])
+    probe(trainer)
+    with pytest.raises(ValueError, match=rf"hold the whole policy, got {kind.value}: "):
+        trainer.train()
 
 
 def test_every_n_steps_zero_is_off(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from entropy_pl.policy.load import load_policy
 from entropy_pl.policy.precision import evaluation, evaluation_mode, float64_evaluation, quantized_layers
@@ -396,6 +398,38 @@ class Doubled(nn.Module):
 
 class TestWhatTrainersWrapAround:
     """`torch.compile` and Accelerate's autocast do not reach into a probe, and are back after it."""
+
+    def test_a_forward_of_the_authors_own_survives_compilation(self):
+        torch._dynamo.reset()
+        model = Doubled()
+        inputs = torch.ones(2, 3)
+
+        def tripled(self: Any, x: torch.Tensor) -> torch.Tensor:
+            return 3 * self.layer(x)
+
+        model.forward = MethodType(tripled, model)
+        expected = model(inputs)
+        model.forward = torch.compile(model.forward, backend="eager")
+        with evaluation(model):
+            assert torch.equal(model(inputs), expected)
+
+    def test_attention_that_knows_half_precision_only_gives_way(self):
+        """A kernel like FlashAttention's, which refuses float32; the config has it back afterwards."""
+
+        def flash(module: Any, query: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            if query.dtype == torch.float32:
+                raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *arguments, **options)
+
+        ALL_ATTENTION_FUNCTIONS.register("half_only", flash)
+        model, plain = build_model(), build_model()
+        model.config._attn_implementation_internal = "half_only"
+        with pytest.raises(RuntimeError, match="only support fp16 and bf16"):
+            model(input_ids=IDS)
+        for context in (evaluation, float64_evaluation):
+            with context(model), context(plain), torch.no_grad():
+                assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+        assert model.config._attn_implementation == "half_only"
 
     @pytest.mark.parametrize("how", ["in place", "a part", "a method"])
     def test_compiled_code_is_set_aside(self, how):
