@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def main() -> None:
     times, memory = Table(title="Forward passes"), Table(title="MiB beside the run's")
     for name in ("policy", "one pass, s", "formula", "tangents", "sweep", "all passes", "per η", "probe, s"):
         times.add_column(name, justify="right")
-    for name in ("policy", "trainable", "formula", "measured", "θ before", "θ+ηv", "scoring"):
+    for name in ("policy", "trainable", "formula", "measured", "snapshot", "displaced", "scoring", "reading"):
         memory.add_column(name, justify="right")
     for kind in ("LoRA", "whole", "whole, bfloat16"):
         model = build(options, kind).to(device)
@@ -146,8 +147,8 @@ def report(
         f"{sweep / options.etas:.2f}",
         f"{sum(result.seconds.values()):.1f}",
     )
-    scoring_only = expected.snapshot + expected.widened + expected.displaced + expected.scoring  # nothing is sampled
-    shown = (scoring_only, found.added, expected.snapshot, expected.displaced, expected.scoring)
+    unsampled = replace(expected, cache=0).total
+    shown = (unsampled, found.added, expected.snapshot, expected.displaced, expected.scoring, expected.reading)
     memory.add_row(
         kind, f"{sum(p.numel() for p in trainable) / 1e6:.1f} M", *(f"{amount / MIB:.0f}" for amount in shown)
     )
