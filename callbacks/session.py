@@ -214,8 +214,9 @@ class ProbeSession:
                 raise RuntimeError("no step is being watched: call arm() before the optimizer's step")
             update = self._recorder.read(keep=False)  # what it refers to stays as it is until the probe is over
             record["lr"] = update.lr
-            theta = self._recorder.theta_before
-            said = self.peers.exchange((_sketch(update.direction), _sketch(theta)))
+            if self.peers.size == 1:
+                return update
+            said = self.peers.exchange((_sketch(update.direction), _sketch(self._recorder.theta_before)))
         if None in said:
             raise ValueError(NOT_ALL)
         steps, policies = zip(*said, strict=True)
