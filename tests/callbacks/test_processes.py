@@ -23,11 +23,11 @@ from entropy_pl.callbacks.attach import find_policy, refuse_sharded
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.reporting import read_records
 
-RUNS = Path(__file__).parent / "runs"
+SCRIPTS = Path(__file__).parent / "scripts"
 DEADLINE = 150  # seconds; a run takes ten to twenty, a deadlock takes forever
-LIGHTNING = [sys.executable, str(RUNS / "lightning_run.py")]
+LIGHTNING = [sys.executable, str(SCRIPTS / "lightning_run.py")]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(RUNS / "trl_run.py")]
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPTS / "trl_run.py")]
 
 
 def start(command: list[str], folder: Path, ranks: int, **options: Any) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ def test_the_same_config_on_two_processes(tmp_path):
         adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(policy), lora)
     adapted.save_pretrained(tmp_path / "adapter")
     words = {
-        "config": str(RUNS.parents[2] / "configs/quickstart.yaml"),
+        "config": str(SCRIPTS.parents[2] / "configs/quickstart.yaml"),
         "model.policy.name": str(policy),
         "model.policy.adapter": str(tmp_path / "adapter"),
         "model.max_new_tokens": "8",

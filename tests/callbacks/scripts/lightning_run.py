@@ -1,0 +1,120 @@
+"""Somebody's DDP run, started as a script: ``lightning_run.py OUT OPTIONS`` leaves ``OUT/rank<r>.pt`` behind.
+
+OPTIONS is JSON: ``processes``, ``probe`` (the callback's options, or null for a run without it), ``fails`` ([rank, step]
+of a probe that cannot sample, or ``["start", rank]``, a rank that has no prompts), ``steps``, ``apart`` (the ranks'
+gradients are not reduced).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tiny import build_model, build_tokenizer
+
+PROMPTS = [f"{a}+{b}=" for a in range(4) for b in range(4)]
+
+
+class Run(LightningModule):
+    """Supervised steps in float64, so that what two ranks find can be compared to the last digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy, self.tokenizer = build_model().double(), build_tokenizer()
+        self.weights = [self._copy()]
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.policy.named_parameters()}
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.policy(input_ids=batch, labels=batch).loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.weights.append(self._copy())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.0)
+
+    def train_dataloader(self) -> Any:
+        tokens = torch.randint(4, 40, (64, 8), generator=torch.Generator().manual_seed(0))
+        return torch.utils.data.DataLoader(tokens, batch_size=4, shuffle=True)
+
+
+class Apart(Run):
+    """A run that steps every rank by its own gradient."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.mine = self.policy(input_ids=batch, labels=batch).loss
+        return 0 * sum(p.sum() for p in self.parameters())
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        for parameter in self.parameters():
+            parameter.grad.normal_(generator=torch.Generator().manual_seed(self.global_rank))
+
+
+def main() -> None:
+    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    module = (Apart if options.get("apart") else Run)()
+    callbacks: list[Any] = []
+    if options["probe"] is not None:
+        from entropy_pl.callbacks import EntropyProbeCallback, session
+
+        fails = options.get("fails") or [None, None]
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        prompts = [] if fails == ["start", rank] else PROMPTS
+        callbacks.append(EntropyProbeCallback(prompts, **options["probe"]))
+        if fails[0] == "keep":
+
+            def snapshot(self: Any) -> None:
+                if module.global_rank == fails[1] and module.global_step == 0:
+                    raise torch.OutOfMemoryError("no room for this rank's snapshot")
+                keep(self)
+
+            keep = session.UpdateRecorder.snapshot
+            session.UpdateRecorder.snapshot = snapshot
+        elif isinstance(fails[0], int):
+            rank, step = fails
+            draw = session.sample_completions
+
+            def sample(*args: Any, **kwargs: Any) -> Any:
+                if module.global_rank == rank and module.global_step == step:
+                    raise torch.OutOfMemoryError("no room for this rank's keys and values")
+                return draw(*args, **kwargs)
+
+            session.sample_completions = sample
+    trainer = Trainer(
+        max_steps=options.get("steps", 2),
+        accelerator="cpu",
+        devices=options["processes"],
+        strategy="ddp",
+        precision="64-true",
+        logger=False,
+        default_root_dir=folder,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module)
+    torch.save(
+        {
+            "records": json.dumps(callbacks[0].records if callbacks else []),
+            "weights": module.weights,
+            "random": torch.rand(2),
+            "steps": trainer.global_step,
+        },
+        folder / f"rank{trainer.global_rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    main()
