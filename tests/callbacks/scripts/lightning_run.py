@@ -1,7 +1,7 @@
 """Somebody's DDP run, started as a script: ``lightning_run.py OUT OPTIONS`` leaves ``OUT/rank<r>.pt`` behind.
 
-OPTIONS is JSON: ``processes``; ``probe``, the callback's options, or null for a run without it; ``steps``; ``apart``, the
-ranks' gradients are not reduced; and ``fails``: [rank, step] of a probe that cannot sample, ["keep", rank] that has no
+OPTIONS is JSON: ``processes``; ``probe``, the callback's options, or null for a run without it; ``steps``; ``apart``:
+the ranks' gradients are not reduced; and ``fails``: [rank, step] of a probe that cannot sample, ["keep", rank] that has no
 room for its snapshot, ["start", rank] that has no prompts.
 """
 
