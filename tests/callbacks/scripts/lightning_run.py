@@ -1,8 +1,8 @@
 """Somebody's DDP run, started as a script: ``lightning_run.py OUT OPTIONS`` leaves ``OUT/rank<r>.pt`` behind.
 
 OPTIONS is JSON: ``processes``; ``probe``, the callback's options, or null for a run without it; ``steps``; ``apart``:
-the ranks' gradients are not reduced; and ``fails``: [rank, step] of a probe that cannot sample, ["keep", rank] that has no
-room for its snapshot, ["start", rank] that has no prompts.
+the ranks' gradients are not reduced; ``fails``: [rank, step] of a probe that cannot sample, ["keep", rank] that has no
+room for its snapshot, or ["start", rank] that has no prompts.
 """
 
 from __future__ import annotations
