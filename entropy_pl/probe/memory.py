@@ -43,7 +43,7 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
 
     def look() -> None:
         while not over.wait(INTERVAL):
-            seen.append(max(seen.pop(), in_use()))
+            seen[0] = max(seen[0], in_use())
 
     watcher = threading.Thread(target=look, name="entropy-probe-memory", daemon=True)
     with suppress(RuntimeError):  # no room for a thread: there are looks at both ends all the same
