@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entropy_pl.registry import did_you_mean
 from entropy_pl.updates.steps import inner_optimizer
 
 TOKENIZER_NAMES = ("tokenizer", "processing_class")
@@ -23,7 +24,7 @@ NOT_ONE_DEVICE = (
 
 
 def find_policy(module: nn.Module, path: str | None) -> nn.Module:
-    """The Hugging Face or PEFT model of a module: at ``path``, or the only one there is.
+    """The Hugging Face or PEFT model of a module: at ``path``, or the only one there is, or the only one trained.
 
     Raises:
         ValueError: if there is none, more than one, or something else at ``path``.
@@ -32,8 +33,10 @@ def find_policy(module: nn.Module, path: str | None) -> nn.Module:
         found: Any = module
         for name in path.split("."):
             if not hasattr(found, name):
+                there = [child for child, _ in found.named_children()] if isinstance(found, nn.Module) else []
                 raise ValueError(
                     f"expected the policy at {path!r} of {type(module).__name__}, but there is no {name!r}"
+                    f"{did_you_mean(name, there)}"
                 )
             found = getattr(found, name)
         found = getattr(found, "_orig_mod", found)  # a compiled model is probed through the one it wraps
@@ -48,11 +51,14 @@ def find_policy(module: nn.Module, path: str | None) -> nn.Module:
         for name, child in candidates.items()
         if not any(name != other and name.startswith(f"{other}." if other else "") for other in candidates)
     }
+    trained = {name: child for name, child in outermost.items() if any(p.requires_grad for p in child.parameters())}
+    if len(trained) == 1:
+        outermost = trained  # beside a frozen reference or reward model
     if len(outermost) != 1:
         found_names = ", ".join(sorted(outermost)) or "none"
         raise ValueError(
             f"expected one Hugging Face or PEFT model in {type(module).__name__}, got {found_names}: "
-            "name the policy, policy='attribute.path'"
+            f"name the policy, policy='{next(iter(sorted(outermost)), 'attribute.path')}'"
         )
     return next(iter(outermost.values()))
 
@@ -71,10 +77,14 @@ def find_tokenizer(given: Any, owners: Sequence[Any]) -> PreTrainedTokenizerBase
                 candidate if isinstance(candidate, PreTrainedTokenizerBase) else getattr(candidate, "tokenizer", None)
             )
             if found is None:
-                raise ValueError(f"expected a Hugging Face tokenizer, got {type(candidate).__name__}: tokenizer=...")
+                raise ValueError(
+                    f"expected a Hugging Face tokenizer, got {type(candidate).__name__}: give the one loaded"
+                )
             return found
     names = " or ".join(type(owner).__name__ for owner in owners) or "the trainer"
-    raise ValueError(f"expected a tokenizer as {' or '.join(TOKENIZER_NAMES)} of {names}, got none: tokenizer=...")
+    raise ValueError(
+        f"expected a tokenizer as {' or '.join(TOKENIZER_NAMES)} of {names}, got none: give it as tokenizer="
+    )
 
 
 def find_optimizer(optimizers: Sequence[Any], policy: nn.Module, index: int | None) -> Any:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 from tqdm import tqdm
 
 from entropy_pl.callbacks.prompts import DEFAULT_COLUMN, count_common
-from entropy_pl.callbacks.session import ProbeSession
+from entropy_pl.callbacks.session import ProbeSession, check_numbers
 from entropy_pl.callbacks.sinks import Sink, publish, summarize
 from entropy_pl.estimators import Baseline
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
@@ -151,6 +150,8 @@ class ProbeDoor:
                 raise ValueError(f"expected every_n_steps ≥ 0 (0 is off), got {every_n_steps}")
             if max_new_tokens is not None and max_new_tokens < 1:
                 raise ValueError(f"expected max_new_tokens of at least 1, or None for the run's, got {max_new_tokens}")
+            if every_n_steps:
+                check_numbers(num_sequences, completions_per_prompt)
             EntropyProbe(**self._options, temperature=1.0 if temperature is None else temperature)
         self._reward_metric = reward_metric
         self._output_directory = output_directory
@@ -219,11 +220,17 @@ class ProbeDoor:
         if session.peers.rank == 0:
             self._writer = _writer_in(found.directory)
             self._written = _records_in(self._writer.path)
+            if self._written and not self._step:
+                warnings.warn(
+                    f"{self._writer.path} holds records of an earlier run, and this one begins anew: its records are "
+                    "appended, and tables and figures show the later ones. To keep them apart give output_directory=",
+                    stacklevel=2,
+                )
             self._sinks = list(found.sinks())
             for sink in self._sinks:
                 sink.prepare()
             with whatever_happens("say what a probe will take"):
-                Console(soft_wrap=True).print(self._announcement(session), highlight=False, markup=False)
+                tqdm.write(self._announcement(session))  # on a line of its own, whatever bars there are
         self._handle = watch_steps(found.optimizer, self._before_step, self._after_step)
 
     def _note_update_prompts(self, update_prompts: Any) -> None:
@@ -280,7 +287,9 @@ class ProbeDoor:
         try:
             yield
         except ValueError as error:
-            raise self.refusal(str(error)) from error
+            if self.refusal is ValueError:
+                raise
+            raise self.refusal(str(error)) from None  # the same sentence; one traceback says it
 
     # -------------------------------------------------------------------------------------------------- around a step
 
@@ -338,8 +347,8 @@ class ProbeDoor:
         shared = f" shared by {session.peers.size} processes" if session.peers.size > 1 else ""
         return (
             f"entropy probe: every {self.every_n_steps} optimizer steps, {session.num_sequences} completions of up to "
-            f"{session.max_new_tokens} tokens{shared}, {session.passes} passes over them; memory beside the run's: "
-            f"{session.memory()}"
+            f"{session.max_new_tokens} tokens{shared}, {session.passes} passes over them, sampling included; memory "
+            f"beside the run's: {session.memory()}"
         )
 
 

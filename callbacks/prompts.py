@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,8 +62,8 @@ def find_prompts(given: Any, kept: Any, tokenizer: PreTrainedTokenizerBase, colu
     prompts = kept if given is None else given
     if prompts is None:
         raise ValueError(
-            "expected E prompts, got none: prompts=[...], strings, chats or a dataset that the run does not train on; "
-            "or train with a PromptDataModule, which keeps an E split apart"
+            "expected E prompts, got none: give prompts=, strings, chats or a dataset that the run does not train on, "
+            "or let the run keep some, as e_prompts of its datamodule or eval_dataset of its trainer"
         )
     return prompt_texts(prompts, tokenizer, column)
 
@@ -71,6 +72,8 @@ def count_common(
     prompts: Sequence[str], update_prompts: Any, tokenizer: PreTrainedTokenizerBase, column: str
 ) -> int | None:
     """How many of the E prompts are U prompts too; None where the run's data does not tell its prompts.
+
+    A text that only begins with the prompt counts: supervised data holds prompt and answer in one.
 
     Args:
         prompts: E, as texts.
@@ -83,10 +86,11 @@ def count_common(
         return None  # a stream, or rows made as they are asked for: reading it would be felt by the run
     try:
         with isolated_rng():  # a dataset may transform its rows at random
-            learnt = set(prompt_texts(update_prompts, tokenizer, column))
+            learnt = sorted(prompt_texts(update_prompts, tokenizer, column))
     except Exception:  # tensors of tokens, say; whatever it is, it is the run's own business
         return None
-    return len(learnt.intersection(prompts))
+    following = ((prompt, bisect_left(learnt, prompt)) for prompt in prompts)  # texts it begins are next in order
+    return sum(place < len(learnt) and learnt[place].startswith(prompt) for prompt, place in following)
 
 
 def fingerprint(prompts: Iterable[str]) -> str:
@@ -100,7 +104,10 @@ def _read(path: str) -> Any:
     kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     kind = kinds.get(os.path.splitext(path)[1])
     if kind is None:
-        raise ValueError(f"expected a file of prompts, {', '.join(kinds)}, got {path!r}; one prompt alone is [prompt]")
+        shown = path if len(path) <= 40 else f"{path[:40]}…"
+        raise ValueError(
+            f"expected a list of prompts, or a file of them ({', '.join(kinds)}), got the string {shown!r}"
+        )
     if not os.path.isfile(path):
         raise FileNotFoundError(f"expected a file of prompts, got {path}, no such file")
     return load_dataset(kind, data_files=path, split="train")

@@ -76,18 +76,13 @@ class ProbeSession:
 
     def __post_init__(self) -> None:
         self.peers.agree("the E prompts", fingerprint(self.prompts))  # first: what follows is then the same for all
-        if self.completions_per_prompt < 1 or self.num_sequences % self.completions_per_prompt:
-            raise ValueError(
-                f"expected num_sequences as a multiple of completions_per_prompt, got {self.num_sequences} and "
-                f"{self.completions_per_prompt}"
-            )
+        check_numbers(self.num_sequences, self.completions_per_prompt)
         needed = self._prompts_needed
-        if needed < 2:
-            raise ValueError(f"expected at least 2 E prompts, for an error bar, got {needed}")
         if len(self.prompts) < needed:
             raise ValueError(
                 f"expected at least {needed} E prompts (num_sequences={self.num_sequences}, completions_per_prompt="
-                f"{self.completions_per_prompt}), got {len(self.prompts)}: give more prompts or lower num_sequences"
+                f"{self.completions_per_prompt}), got {len(self.prompts)}: give more prompts, lower num_sequences, or "
+                "raise completions_per_prompt"
             )
         self.probe.check(self.model)
         self._prompt_tokens = check_prompts(self.model, self.tokenizer, self.prompts, self.max_new_tokens)
@@ -248,6 +243,24 @@ class ProbeSession:
                 temperature=self.probe.temperature,
                 batch_size=self.sample_batch_size,
             )
+
+
+def check_numbers(num_sequences: int, completions_per_prompt: int) -> None:
+    """Refuse an E-batch that cannot be.
+
+    Raises:
+        ValueError: if completions do not go evenly into prompts, or the prompts are fewer than 2.
+    """
+    if completions_per_prompt < 1 or num_sequences % completions_per_prompt:
+        raise ValueError(
+            f"expected num_sequences as a multiple of completions_per_prompt, got {num_sequences} and "
+            f"{completions_per_prompt}"
+        )
+    if num_sequences // completions_per_prompt < 2:
+        raise ValueError(
+            "expected num_sequences for at least 2 E prompts, since an error bar needs two, got "
+            f"num_sequences={num_sequences} with completions_per_prompt={completions_per_prompt}"
+        )
 
 
 def _sketch(tensors: Mapping[str, Tensor]) -> tuple[float, float]:

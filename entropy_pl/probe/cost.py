@@ -46,7 +46,7 @@ class ProbeMemory:
     def __str__(self) -> str:
         parts = {name: amount for name, amount in asdict(self).items() if amount >= 0.01 * self.total}
         listed = ", ".join(f"{name} {_shown(amount)}" for name, amount in parts.items())
-        return f"{_shown(self.total)} ({listed})"
+        return f"{_shown(self.total)} at the worst moment (not all at once: {listed})"
 
 
 def probe_memory(

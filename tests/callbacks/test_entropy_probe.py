@@ -472,6 +472,8 @@ def test_e_prompts_that_are_learnt_are_a_warning_and_in_the_record(tmp_path):
     with pytest.warns(UserWarning, match="9 of 36 E prompts are prompts that this run trains on"):
         fit(Texts(), tmp_path, callback)
     assert [r["e_prompts"]["in_u"] for r in callback.records] == [9, 9]
+    answered = [f"{prompt}7" for prompt in PROMPTS[:5]] + ["5+", "5+6"]  # supervised: prompt and answer in one text
+    assert count_common(PROMPTS, answered, build_tokenizer(), "prompt") == 5
     unknown = probe(every_n_steps=5)
     fit(ForeignModule(), tmp_path, unknown)  # trains on tensors of tokens
     assert [r["e_prompts"]["in_u"] for r in unknown.records] == [None, None]
@@ -694,7 +696,8 @@ def test_a_fused_step_that_suppresses_itself_is_recorded_as_skipped(tmp_path):
 def test_what_it_costs_is_said_in_advance(tmp_path, capsys):
     fit(ForeignModule(), tmp_path, probe(), steps=1)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("entropy probe: ")]
-    assert "every 2 optimizer steps, 16 completions of up to 5 tokens, 7 passes over them; memory beside" in line
+    assert "every 2 optimizer steps, 16 completions of up to 5 tokens, 7 passes over them, sampling included" in line
+    assert "; memory beside the run's: " in line
 
 
 class TwoPolicies(ForeignModule):
@@ -720,7 +723,12 @@ class NoTokenizer(ForeignModule):
     [
         (TwoPolicies, {}, r"one Hugging Face or PEFT model in TwoPolicies, got critic, policy: name the policy"),
         (NoPolicy, {}, r"one Hugging Face or PEFT model in NoPolicy, got none"),
-        (ForeignModule, {"policy": "actor"}, "policy at 'actor' of ForeignModule, but there is no 'actor'"),
+        (
+            ForeignModule,
+            {"policy": "polcy"},
+            "policy at 'polcy' of ForeignModule, but there is no 'polcy'; did you mean 'policy'",
+        ),
+        (ForeignModule, {"prompts": "1+1="}, "expected a list of prompts, or a file .*, got the string '1.1='"),
         (ForeignModule, {"policy": "tokenizer"}, "Hugging Face or PEFT model at 'tokenizer'"),
         (NoTokenizer, {}, "a tokenizer as tokenizer or processing_class of NoTokenizer"),
         (ForeignModule, {"prompts": None}, "E prompts, got none"),
@@ -745,6 +753,24 @@ def test_bad_attachments_are_refused_before_the_first_step(tmp_path, module, opt
 def test_two_probes_in_one_run_are_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match="expected one EntropyProbeCallback in a run, got two"):
         fit(ForeignModule(), tmp_path, probe(), probe(seed=1))
+
+
+def test_a_frozen_reference_is_not_the_policy(tmp_path):
+    class WithReference(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reference = build_model(1).requires_grad_(False)
+
+    callback = probe(every_n_steps=5)
+    fit(WithReference(), tmp_path, callback)
+    assert callback.records[-1]["status"] == "ok"
+
+
+def test_a_new_run_in_an_old_folder_says_so(tmp_path):
+    settings = {"output_directory": str(tmp_path / "probe"), "every_n_steps": 5}
+    fit(ForeignModule(), tmp_path, probe(**settings), steps=1)
+    with pytest.warns(UserWarning, match=r"records.jsonl holds records of an earlier run, and this one begins anew"):
+        fit(ForeignModule(), tmp_path, probe(**settings), steps=1)
 
 
 def test_a_named_policy_among_two_is_probed(tmp_path):
