@@ -142,16 +142,11 @@ class EntropyProbeCallback(ProbeDoor, Callback):
                 )
 
 
-class LoggerSink:
+class LoggerSink(Sink):
     """A Lightning logger that is not TensorBoard's; pictures go to those with a ``log_image`` like W&B's."""
-
-    tensorboard: str | None = None
 
     def __init__(self, logger: Logger) -> None:
         self._logger = logger
-
-    def prepare(self) -> None:
-        """Nothing to lay out."""
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log numbers by tag."""

@@ -128,7 +128,7 @@ class ProbeSession:
             if any(other is not None for other in self.peers.exchange(None)):
                 raise ValueError(NOT_ALL)
         except Exception as error:
-            return self._record(step, "failed") | {"message": f"{type(error).__name__}: {error}"}
+            return self._record(step, "failed") | _failure(error)
         return self._record(step, "skipped") | {
             "message": "the optimizer's step did not take place, or did not end: a gradient scaler skips one whose "
             "gradients are not finite"
@@ -152,7 +152,7 @@ class ProbeSession:
             with peak_memory(model_device(self.model)) as memory:
                 record |= self._measured(record, step, on_pass)
         except Exception as error:  # whatever goes wrong here must not end a training run
-            record |= {"status": "failed", "message": f"{type(error).__name__}: {error}"}
+            record |= _failure(error)
             warnings.warn(f"entropy probe at step {step} failed, training goes on. {record['message']}", stacklevel=2)
         finally:
             self.disarm()
@@ -243,6 +243,10 @@ class ProbeSession:
                 temperature=self.probe.temperature,
                 batch_size=self.sample_batch_size,
             )
+
+
+def _failure(error: Exception) -> Record:
+    return {"status": "failed", "message": f"{type(error).__name__}: {error}"}
 
 
 def check_numbers(num_sequences: int, completions_per_prompt: int) -> None:

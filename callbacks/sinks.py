@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -24,10 +23,10 @@ from entropy_pl.reporting import (
 SWEEP_TAG = "entropy_probe/eta_sweep"
 
 
-class Sink(Protocol):
-    """One of the run's loggers."""
+class Sink:
+    """One of the run's loggers, which takes numbers and need not take more."""
 
-    tensorboard: str | None
+    tensorboard: str | None = None
     """Folder to open TensorBoard on, if it is one of its."""
 
     def prepare(self) -> None:
@@ -35,12 +34,13 @@ class Sink(Protocol):
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log numbers by tag."""
+        raise NotImplementedError
 
     def figure(self, tag: str, draw: Callable[[], Figure], step: int) -> None:
         """Log a picture, where the logger takes pictures."""
 
 
-class TensorBoardSink:
+class TensorBoardSink(Sink):
     """A TensorBoard writer, whoever owns it.
 
     Args:
@@ -49,7 +49,7 @@ class TensorBoardSink:
     """
 
     def __init__(self, writer: SummaryWriter, folder: str) -> None:
-        self.tensorboard: str | None = folder
+        self.tensorboard = folder
         self._writer = writer
 
     def prepare(self) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -184,25 +183,17 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
         return [TensorBoardSink(self._writer_of_our_own, str(folder))]
 
 
-class ReporterSink:
+class ReporterSink(Sink):
     """One of the Trainer's reporting callbacks, given the probe's numbers as it is given the Trainer's own."""
-
-    tensorboard: str | None = None
 
     def __init__(
         self, callback: TrainerCallback, args: TrainingArguments, state: TrainerState, control: TrainerControl
     ) -> None:
         self._callback, self._event = callback, (args, state, control)
 
-    def prepare(self) -> None:
-        """Nothing to lay out."""
-
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log numbers; the integration puts them on its own step axis, which counts as the Trainer does."""
         self._callback.on_log(*self._event, logs=dict(values), model=None)
-
-    def figure(self, tag: str, draw: Callable[[], Figure], step: int) -> None:
-        """These callbacks take no pictures."""
 
 
 def _sharding(args: TrainingArguments) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from lightning import Callback, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
+from written import written_rollout
 
 import entropy_pl.groups
 from entropy_pl.data.datamodule import PromptBatch
@@ -120,16 +121,8 @@ def logged(trainer: Trainer, name: str) -> float:
 
 def fixed_rollout(tokenizer: Any) -> Rollout:
     """Two prompts with two completions each, of unequal lengths; `$` stands for EOS."""
-    completions = ["12 a$", "b 3.14", "2$", "cc 7 d"]
-    prompts = [tokenizer(text)["input_ids"] for text in BATCHES[0].prompts for _ in range(2)]
-    tokens = [tokenizer(text.rstrip("$"))["input_ids"] + [1] * text.count("$") for text in completions]
-    P, T = max(map(len, prompts)), max(map(len, tokens))
-    return Rollout(
-        torch.tensor([[0] * (P - len(row)) + row for row in prompts]),
-        torch.tensor([[0] * (P - len(row)) + [1] * len(row) for row in prompts]),
-        torch.tensor([row + [0] * (T - len(row)) for row in tokens]),
-        torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in tokens]),
-    )
+    prompts = [prompt for prompt in BATCHES[0].prompts for _ in range(2)]
+    return written_rollout(tokenizer, prompts, ["12 a$", "b 3.14", "2$", "cc 7 d"])
 
 
 def plain_loss(model: Any, base: Any, rollout: Rollout, rewards: list[float], temperature: float, beta: float) -> Any:

@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from processes import run_processes
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.utils.data import DataLoader
+from written import written_rollout
 
 import entropy_pl.groups
 from entropy_pl.data.datamodule import PromptBatch, PromptDataModule
@@ -109,16 +110,8 @@ def prompts_of(groups: list[Group]) -> PromptBatch:
 
 
 def rollout_of(tokenizer: Any, groups: list[Group]) -> Rollout:
-    prompts = [tokenizer(prompt)["input_ids"] for prompt, _, _ in groups for _ in range(G)]
-    texts = [text for _, completions, _ in groups for text in completions]
-    tokens = [tokenizer(text.rstrip("$"))["input_ids"] + [1] * text.count("$") for text in texts]
-    P, T = max(map(len, prompts)), max(map(len, tokens))
-    return Rollout(
-        torch.tensor([[0] * (P - len(row)) + row for row in prompts]),
-        torch.tensor([[0] * (P - len(row)) + [1] * len(row) for row in prompts]),
-        torch.tensor([row + [0] * (T - len(row)) for row in tokens]),
-        torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in tokens]),
-    )
+    prompts = [prompt for prompt, _, _ in groups for _ in range(G)]
+    return written_rollout(tokenizer, prompts, [text for _, completions, _ in groups for text in completions])
 
 
 def sampling(groups: list[Group]) -> pytest.MonkeyPatch:

@@ -23,18 +23,11 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
     (TF32 only where `matmul_precision` asks for it.) What trainers wrap around ``forward`` is off: `torch.compile`, and
     the autocast that Accelerate puts inside it, where no outer context reaches. Attention kernels that know half
-    precision only give way to PyTorch's. Modes, tensors and settings are put
-    back to the bit on leaving. Quantized layers keep their weights and compute in float32. Entering it again inside
-    costs nothing but a walk over the modules.
+    precision only give way to PyTorch's. Modes, tensors and settings are put back to the bit on leaving. Quantized
+    layers keep their weights and compute in float32. Entering it again inside costs nothing but a walk over the
+    modules.
     """
-    with (
-        evaluation_mode(model),
-        own_forward(model),
-        _attention_in_any_precision(model),
-        _without_autocast(model),
-        chosen_matmul(),
-        _at_least(model, torch.float32),
-    ):
+    with _undisguised(model, torch.float32), chosen_matmul():
         yield
 
 
@@ -51,11 +44,7 @@ def float64_evaluation(model: nn.Module) -> Iterator[None]:
     """
     refuse_quantized(model, "float64", "load it unquantized, or probe in float32")
     with (
-        evaluation_mode(model),
-        own_forward(model),
-        _attention_in_any_precision(model),
-        _without_autocast(model),
-        _at_least(model, torch.float64),
+        _undisguised(model, torch.float64),
         _default_dtype(torch.float64),
         _Float32BecomesFloat64(),
     ):
@@ -116,6 +105,19 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
         for module in packing:
             module.support_avx512bf16_for_cpu = True
+
+
+@contextmanager
+def _undisguised(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The model without what training has put around it, its tensors in ``dtype`` or better."""
+    with (
+        evaluation_mode(model),
+        own_forward(model),
+        _attention_in_any_precision(model),
+        _without_autocast(model),
+        _at_least(model, dtype),
+    ):
+        yield
 
 
 @contextmanager

@@ -5,94 +5,27 @@ from __future__ import annotations
 import csv
 import json
 import random
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from foreign import LR, PROMPTS, Deterministic, ForeignModule, fit, probe
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import build_model, build_tokenizer
 from torch import nn
 
 from entropy_pl.callbacks import EntropyProbeCallback
-from entropy_pl.callbacks.attach import refuse_sharded
-from entropy_pl.callbacks.prompts import count_common, prompt_texts
 from entropy_pl.policy import derived_seed
 from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.policy.sample import sample_completions
 from entropy_pl.probe import EntropyProbe
 from entropy_pl.reporting import RecordWriter, read_records
 from entropy_pl.updates import UpdateRecorder, record_update
-
-LARGER = build_tokenizer("".join(map(chr, range(256, 400))) + "0123456789+=")  # than the policy's vocabulary
-PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(6)]
-LR = 1e-2
-
-
-class ForeignModule(LightningModule):
-    """Somebody's own run: automatic optimization, warm-up, clipping by the Trainer, knows nothing of this package."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.policy = get_peft_model(build_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-            for name, parameter in self.policy.named_parameters():
-                if "lora_B" in name:
-                    nn.init.normal_(parameter, std=0.1)
-        self.tokenizer = build_tokenizer()
-        self.seen: list[float] = []
-
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        noise = torch.rand(1) + random.random() + np.random.rand()  # a run that draws from every stream
-        loss = self.policy(input_ids=batch, labels=batch).loss * (1 + 0.01 * float(noise))
-        self.log("train/reward", -loss.detach())
-        self.seen.append(float(loss.detach()))
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        trainable = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, n / 2))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def train_dataloader(self) -> Any:
-        tokens = torch.randint(4, 40, (64, 8), generator=torch.Generator().manual_seed(0))
-        return torch.utils.data.DataLoader(tokens, batch_size=4, shuffle=True)
-
-
-def probe(**options: Any) -> EntropyProbeCallback:
-    settings = {"prompts": PROMPTS, "num_sequences": 16, "every_n_steps": 2, "max_new_tokens": 5}
-    return EntropyProbeCallback(**(settings | options))
-
-
-def fit(module: LightningModule, folder: Path, *callbacks: Any, steps: int = 6, **options: Any) -> Trainer:
-    torch.manual_seed(1)
-    random.seed(1)
-    np.random.seed(1)
-    checkpoint = options.pop("ckpt_path", None)
-    trainer = Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=options.pop("logger", TensorBoardLogger(folder, name="run")),
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        gradient_clip_val=options.pop("gradient_clip_val", 0.5),
-        **options,
-    )
-    trainer.fit(module, ckpt_path=checkpoint)
-    return trainer
 
 
 def logged(logger: CSVLogger) -> list[dict[str, str]]:
@@ -405,105 +338,6 @@ def test_a_step_taken_again_differently_is_kept_beside_the_first(tmp_path):
     assert [r["step"] for r in records] == [0, 5, 0, 5]
 
 
-class Deterministic(ForeignModule):
-    """One batch, no noise: what a resumed run sees does not depend on where its dataloader stood."""
-
-    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        return self.policy(input_ids=batch, labels=batch).loss
-
-    def train_dataloader(self) -> Any:
-        tokens = torch.randint(4, 40, (1, 8), generator=torch.Generator().manual_seed(0))
-        return torch.utils.data.DataLoader(tokens.expand(8, 8), batch_size=4)
-
-
-def test_streams_are_left_alone(tmp_path):
-    """A dataset without an end: of U, nothing is known; of E, it is refused."""
-
-    def rows() -> Any:
-        while True:
-            yield {"prompt": "1+1="}
-
-    endless = IterableDataset.from_generator(rows)
-    tokenizer = build_tokenizer()
-    assert count_common(PROMPTS, endless, tokenizer, "prompt") is None
-    with pytest.raises(ValueError, match=r"that can be counted, got a stream \(IterableDataset\): take"):
-        prompt_texts(endless, tokenizer)
-
-
-def test_a_template_that_refuses_a_chat():
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    chats = [[{"role": "user", "content": "1+1="}]]
-    with pytest.raises(ValueError, match=r"the tokenizer's template takes, got prompt 0: roles must alternate"):
-        prompt_texts(chats, tokenizer)
-    assert count_common(PROMPTS, chats, tokenizer, "prompt") is None  # the run's own business
-
-
-def test_prompts_in_other_forms(tmp_path):
-    """Chats, rows, a dataset's column and files of them give the texts that strings would."""
-    tokenizer = build_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    texts = [f"{a}+{b}=" for a in range(3) for b in range(3)]
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    (tmp_path / "e.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
-    for given, column in (
-        (texts, "prompt"),
-        (chats, "prompt"),
-        ([{"prompt": chat} for chat in chats], "prompt"),
-        (Dataset.from_dict({"question": texts}), "question"),
-        (Dataset.from_dict({"prompt": chats}), "prompt"),
-        (str(tmp_path / "e.jsonl"), "question"),
-    ):
-        assert prompt_texts(given, tokenizer, column) == texts
-    begun = [*chats[0], {"role": "assistant", "content": "The answer"}]
-    assert prompt_texts([begun], tokenizer) == ["0+0=The answer"]
-
-
-def test_e_prompts_that_are_learnt_are_a_warning_and_in_the_record(tmp_path):
-    class Texts(ForeignModule):
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            tokens = self.tokenizer(batch["prompt"], return_tensors="pt", padding=True)["input_ids"]
-            return self.policy(input_ids=tokens, labels=tokens).loss
-
-        def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(Dataset.from_dict({"prompt": PROMPTS[:9] + ["9+9="]}), batch_size=5)
-
-    callback = probe(every_n_steps=5)
-    with pytest.warns(UserWarning, match="9 of 36 E prompts are prompts that this run trains on"):
-        fit(Texts(), tmp_path, callback)
-    assert [r["e_prompts"]["in_u"] for r in callback.records] == [9, 9]
-    answered = [f"{prompt}7" for prompt in PROMPTS[:5]] + ["5+", "5+6"]  # supervised: prompt and answer in one text
-    assert count_common(PROMPTS, answered, build_tokenizer(), "prompt") == 5
-    unknown = probe(every_n_steps=5)
-    fit(ForeignModule(), tmp_path, unknown)  # trains on tensors of tokens
-    assert [r["e_prompts"]["in_u"] for r in unknown.records] == [None, None]
-
-
-@pytest.mark.parametrize("stage", ["validate", "test"])
-def test_an_evaluation_alone_is_refused(tmp_path, stage):
-    class Evaluates(ForeignModule):
-        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None: ...
-
-        test_step = validation_step
-        val_dataloader = test_dataloader = ForeignModule.train_dataloader
-
-    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
-    trainer = Trainer(callbacks=[probe()], max_steps=1, limit_val_batches=1, limit_test_batches=1, **options)
-    with pytest.warns(UserWarning, match=rf"a run that trains, got trainer.{stage}\(\): .* entropy-pl measure"):
-        getattr(trainer, stage)(Evaluates(), verbose=False)
-    trainer.fit(Evaluates())  # validated first, as many are
-    assert len(trainer.callbacks[0].records) == 1
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="expected a run that trains")
-        getattr(trainer, stage)(Evaluates(), verbose=False)  # after a training it is nobody's mistake
-
-
-@pytest.mark.parametrize("options", [{"steps": 0}, {"limit_train_batches": 0}, {"max_epochs": 0, "steps": -1}])
-def test_a_fit_that_takes_no_step_is_refused(tmp_path, options):
-    with pytest.raises(MisconfigurationException, match=r"got trainer.fit\(\) without a step to take: the probe"):
-        fit(ForeignModule(), tmp_path, probe(), **options)
-
-
 def test_optimizers_that_call_the_closure_more_than_once(tmp_path):
     """LBFGS: three looks at the loss, one step."""
 
@@ -592,27 +426,6 @@ def test_the_snapshot_is_among_the_memory(tmp_path):
         assert record["memory"]["added_bytes"] > snapshot
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
-def test_sharded_runs_are_refused(tmp_path, strategy):
-    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[probe()])
-    trainer.strategy.__class__ = strategy  # which itself wants a GPU
-    with pytest.raises(
-        MisconfigurationException,
-        match=rf"the whole policy, got {strategy.__name__}: .*checkpoint_path and checkpoint.after_checkpoint_path",
-    ):
-        trainer.callbacks[0].on_fit_start(trainer, ForeignModule())
-
-
-def test_a_sharded_policy_is_refused_whatever_the_strategy():
-    class DTensor(torch.Tensor):
-        """Stands for torch.distributed's, which wants a device mesh."""
-
-    policy = build_model()
-    policy.lm_head.weight = nn.Parameter(policy.lm_head.weight.data.as_subclass(DTensor))
-    with pytest.raises(ValueError, match=r"the whole policy, got lm_head.weight as a shard: probe a run whose"):
-        refuse_sharded(policy, None)
-
-
 @pytest.mark.parametrize(("interval", "rates"), [("step", [1.0, 0.5, 0.25, 0.125]), ("epoch", [1.0, 1.0, 0.5, 0.5])])
 def test_the_rate_is_that_of_the_step(tmp_path, interval, rates):
     """Whenever a scheduler moves it: two batches an epoch."""
@@ -640,32 +453,6 @@ def test_a_compiled_module(tmp_path):
     assert callback.records[1]["sweep"][0]["true"] == plain.records[1]["sweep"][0]["true"]
 
 
-def test_which_optimizer_is_watched_can_be_said(tmp_path):
-    class Two(ForeignModule):
-        """Adapters' A and B by optimizers of their own, in turn."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-            optimizer = self.optimizers()[batch_idx % 2]
-            optimizer.zero_grad()
-            self.manual_backward(self.policy(input_ids=batch, labels=batch).loss)
-            optimizer.step()
-
-        def configure_optimizers(self) -> Any:
-            parts = [[p for n, p in self.policy.named_parameters() if kind in n] for kind in ("lora_A", "lora_B")]
-            return [torch.optim.SGD(parts[0], lr=1.0), torch.optim.AdamW(parts[1], lr=LR)]
-
-    message = r"expected one optimizer over .* got 0: SGD with 4; 1: AdamW with 4: say which, optimizer=0"
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(Two(), tmp_path, probe(), gradient_clip_val=None)
-    callback = probe(optimizer=1, every_n_steps=1)
-    fit(Two(), tmp_path, callback, steps=4, gradient_clip_val=None)
-    assert [(r["step"], r["status"], r["lr"]) for r in callback.records] == [(0, "ok", LR), (1, "ok", LR)]
-
-
 def test_sgd_has_no_split_and_the_record_says_so(tmp_path):
     class Plain(ForeignModule):
         def configure_optimizers(self) -> Any:
@@ -691,98 +478,3 @@ def test_a_fused_step_that_suppresses_itself_is_recorded_as_skipped(tmp_path):
     assert [r["step"] for r in callback.records] == list(range(trainer.global_step))
     statuses = [r["status"] for r in callback.records]
     assert (statuses[0], statuses[-1]) == ("skipped", "ok")
-
-
-def test_what_it_costs_is_said_in_advance(tmp_path, capsys):
-    fit(ForeignModule(), tmp_path, probe(), steps=1)
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("entropy probe: ")]
-    assert "every 2 optimizer steps, 16 completions of up to 5 tokens, 7 passes over them, sampling included" in line
-    assert "; memory beside the run's: " in line
-
-
-class TwoPolicies(ForeignModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.critic = build_model(1)
-
-
-class NoPolicy(ForeignModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.policy = nn.Linear(2, 2)
-
-
-class NoTokenizer(ForeignModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokenizer = None
-
-
-@pytest.mark.parametrize(
-    ("module", "options", "message"),
-    [
-        (TwoPolicies, {}, r"one Hugging Face or PEFT model in TwoPolicies, got critic, policy: name the policy"),
-        (NoPolicy, {}, r"one Hugging Face or PEFT model in NoPolicy, got none"),
-        (
-            ForeignModule,
-            {"policy": "polcy"},
-            "policy at 'polcy' of ForeignModule, but there is no 'polcy'; did you mean 'policy'",
-        ),
-        (ForeignModule, {"prompts": "1+1="}, "expected a list of prompts, or a file .*, got the string '1.1='"),
-        (ForeignModule, {"policy": "tokenizer"}, "Hugging Face or PEFT model at 'tokenizer'"),
-        (NoTokenizer, {}, "a tokenizer as tokenizer or processing_class of NoTokenizer"),
-        (ForeignModule, {"prompts": None}, "E prompts, got none"),
-        (ForeignModule, {"prompts": []}, "at least 16 E prompts .* got 0"),
-        (ForeignModule, {"num_sequences": 99}, "at least 99 E prompts .* got 36"),
-        (ForeignModule, {"num_sequences": 16, "completions_per_prompt": 3}, "multiple of completions_per_prompt"),
-        (ForeignModule, {"num_sequences": 1}, "at least 2 E prompts"),
-        (ForeignModule, {"prompts": [*PROMPTS, "1" * 70]}, "context of 64 tokens, got 70 prompt tokens"),
-        (
-            ForeignModule,
-            {"tokenizer": LARGER},
-            "token ids below",
-        ),
-        (ForeignModule, {"output_directory": __file__}, "a folder for the probe's records that can be written to"),
-    ],
-)
-def test_bad_attachments_are_refused_before_the_first_step(tmp_path, module, options, message):
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(module(), tmp_path, probe(**options))
-
-
-def test_two_probes_in_one_run_are_refused(tmp_path):
-    with pytest.raises(MisconfigurationException, match="expected one EntropyProbeCallback in a run, got two"):
-        fit(ForeignModule(), tmp_path, probe(), probe(seed=1))
-
-
-def test_a_frozen_reference_is_not_the_policy(tmp_path):
-    class WithReference(ForeignModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.reference = build_model(1).requires_grad_(False)
-
-    callback = probe(every_n_steps=5)
-    fit(WithReference(), tmp_path, callback)
-    assert callback.records[-1]["status"] == "ok"
-
-
-def test_a_new_run_in_an_old_folder_says_so(tmp_path):
-    settings = {"output_directory": str(tmp_path / "probe"), "every_n_steps": 5}
-    fit(ForeignModule(), tmp_path, probe(**settings), steps=1)
-    with pytest.warns(UserWarning, match=r"records.jsonl holds records of an earlier run, and this one begins anew"):
-        fit(ForeignModule(), tmp_path, probe(**settings), steps=1)
-
-
-def test_a_named_policy_among_two_is_probed(tmp_path):
-    callback = probe(policy="policy", every_n_steps=5)
-    fit(TwoPolicies(), tmp_path, callback)
-    assert callback.records[-1]["status"] == "ok"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"every_n_steps": -1}, {"normalize": "words"}, {"etas": [0.0]}, {"temperature": 0.0}, {"precision": "bfloat16"}],
-)
-def test_bad_options_are_refused_at_construction(options):
-    with pytest.raises(MisconfigurationException, match="expected"):
-        probe(**options)

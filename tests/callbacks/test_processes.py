@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +30,50 @@ SCRIPTS = Path(__file__).parent / "scripts"
 DEADLINE = 150  # seconds; a run takes ten to twenty, a deadlock takes forever
 LIGHTNING = [sys.executable, str(SCRIPTS / "lightning_run.py")]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPTS / "trl_run.py")]
+ACCELERATE += [
+    "--main_process_port",
+    "FREE_PORT",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    str(SCRIPTS / "trl_run.py"),
+]
 
 
 def start(command: list[str], folder: Path, ranks: int, **options: Any) -> list[dict[str, Any]]:
     """Run it to its end; what every rank has left behind, its records parsed."""
     folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        [*command, str(folder), json.dumps(options)],
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(random.Random(str(folder)).randint(20_000, 60_000))},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    returned, said = launch([*command, str(folder), json.dumps(options)])
+    if returned is None and not list(folder.glob("begun*")):  # the launcher's own meeting hung, before any of the run
+        returned, said = launch([*command, str(folder), json.dumps(options)])
+    whole = all((folder / f"rank{rank}.pt").is_file() for rank in range(ranks))
+    assert returned == 0 or (returned is None and whole), said  # a launcher may hang behind a run that is over
     left = [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
     return [rank | {"records": json.loads(rank["records"])} for rank in left]
+
+
+def launch(command: list[str]) -> tuple[int | None, str]:
+    """Its exit status, None past the deadline, and what it printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [word.replace("FREE_PORT", port) for word in command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": port}
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            returned: int | None = process.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            returned = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        return returned, output.read()[-8000:]
 
 
 def found(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

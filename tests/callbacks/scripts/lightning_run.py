@@ -91,6 +91,7 @@ def main() -> None:
                 return draw(*args, **kwargs)
 
             session.sample_completions = sample
+    (folder / f"begun{os.environ.get('LOCAL_RANK', 0)}").touch()
     trainer = Trainer(
         max_steps=options.get("steps", 2),
         accelerator="cpu",

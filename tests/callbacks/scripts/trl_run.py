@@ -6,6 +6,7 @@ OPTIONS is JSON: ``probe``, the callback's options, or null for a run without it
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def main() -> None:
         processing_class=build_tokenizer(),
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
     )
+    (folder / f"begun{os.environ.get('LOCAL_RANK', 0)}").touch()
     probe = None
     if options["probe"] is not None:
         from entropy_pl.callbacks.trl import EntropyProbeTrainerCallback
