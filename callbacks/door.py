@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
+from entropy_pl.callbacks.causes import Causes, RunSources
 from entropy_pl.callbacks.prompts import DEFAULT_COLUMN, count_common
 from entropy_pl.callbacks.session import ProbeSession, check_numbers
 from entropy_pl.callbacks.sinks import Sink, publish, summarize
@@ -20,7 +21,7 @@ from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.tangents import Method
 from entropy_pl.probe import EntropyProbe, Precision
-from entropy_pl.reporting import Record, RecordWriter, read_records
+from entropy_pl.reporting import Record, RecordWriter, add_step_agreement, read_records
 from entropy_pl.reporting.records import plain
 from entropy_pl.updates.steps import was_skipped, watch_steps
 
@@ -77,6 +78,16 @@ class ProbeDoor:
         precision: `float32`, or `float64` for the whole forward pass of the probe.
         max_batch_tokens: padded tokens per micro-batch of the probe. None bounds the memory of the logits.
         sample_batch_size: completions of the E-batch sampled at once. None takes up to 256.
+        attribution: attribute the change to the step's momentum, weight decay and every token of the U-batch, where the
+            run supplies its U-batch (GRPOModule and TRL's GRPOTrainer do; another module by a method `update_batch()`):
+            about as many passes again.
+        influence_matrix: measure the influence of each U-completion on each E-completion too, with error bars: a
+            forward and a backward pass of every completion by itself.
+        counterfactuals: other losses whose step from the same point is measured beside the one taken: `entropy_bonus`,
+            `clip_higher`, `clip_cov`, `kl_cov`, `positive_only`, `negative_only`, `no_momentum`, or `unchanged` as a
+            control. Each takes a backward pass over U and a pass over E; together a copy of the optimizer's moments.
+        reward: from prompts and completions, lists of texts, to a reward each, for ΔJ and the exchange rate ΔH/ΔJ. None
+            takes the run's own, where it has one.
         resample_prompts: draw other E prompts, seeded, at every probe.
         prompt_column: where a dataset, or a row, keeps its prompt.
         seed: of the E prompts and their completions.
@@ -112,6 +123,10 @@ class ProbeDoor:
         precision: Precision = "float32",
         max_batch_tokens: int | None = None,
         sample_batch_size: int | None = None,
+        attribution: bool = True,
+        influence_matrix: bool = False,
+        counterfactuals: Sequence[str] = (),
+        reward: Any = None,
         resample_prompts: bool = False,
         prompt_column: str = DEFAULT_COLUMN,
         seed: int = 0,
@@ -153,6 +168,12 @@ class ProbeDoor:
             if every_n_steps:
                 check_numbers(num_sequences, completions_per_prompt)
             EntropyProbe(**self._options, temperature=1.0 if temperature is None else temperature)
+            self._causes = Causes(attribution, influence_matrix, tuple(counterfactuals))
+            if reward is not None and not callable(reward):
+                raise ValueError(
+                    f"expected reward as a function of prompts and completions, got {type(reward).__name__}"
+                )
+        self._reward_of = reward
         self._reward_metric = reward_metric
         self._output_directory = output_directory
         self._progress_bar = progress_bar
@@ -178,14 +199,18 @@ class ProbeDoor:
         temperature: float | None = None,
         max_new_tokens: int | None = None,
         peers: Peers = ALONE,
+        sources: RunSources | None = None,
     ) -> ProbeSession:
         """The probing of one run; ``temperature`` and ``max_new_tokens`` are the run's, used where none was given.
+
+        So are the ``sources``' rewards.
 
         Raises:
             ValueError: if the options do not fit the prompts, or the prompts the policy (Lightning's
                 MisconfigurationException from Lightning's door).
         """
         temperatures = (self._temperature, temperature, 1.0)
+        sources = RunSources() if sources is None else sources
         with self._refusing():
             return ProbeSession(
                 policy,
@@ -194,6 +219,8 @@ class ProbeDoor:
                 EntropyProbe(**self._options, temperature=next(t for t in temperatures if t is not None)),
                 max_new_tokens=self._max_new_tokens or max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
                 peers=peers,
+                causes=self._causes,
+                sources=sources if self._reward_of is None else replace(sources, rewards=self._reward_of),
                 **self._sampling,
             )
 
@@ -227,8 +254,9 @@ class ProbeDoor:
                     stacklevel=2,
                 )
             self._sinks = list(found.sinks())
+            causes = session.causes
             for sink in self._sinks:
-                sink.prepare()
+                sink.prepare(session.sources.rewards is not None, causes.counterfactuals)
             with whatever_happens("say what a probe will take"):
                 tqdm.write(self._announcement(session))  # on a line of its own, whatever bars there are
         self._handle = watch_steps(found.optimizer, self._before_step, self._after_step)
@@ -334,14 +362,18 @@ class ProbeDoor:
         record["reward"] = None
         with whatever_happens("read the run's reward"):
             record["reward"] = self._reward()
+        with whatever_happens("compare theories over the run's steps"):
+            earlier = [other for step, other in self._written.items() if step < record["step"]]
+            add_step_agreement(record, [*earlier, *self.records])
         self.records.append(record)
         if self._writer is None:
             return
+        tokens = None if self._session is None else self._session.attributed
         with whatever_happens(f"write the record of step {record['step']}"):
             if not _is_same(record, self._written.get(record["step"])):  # a resumed run takes steps again
                 self._writer.write(record)
         with whatever_happens(f"log the probe of step {record['step']}"):
-            publish(record, self._sinks)
+            publish(record, self._sinks, tokens, self._writer.path.parent)
 
     def _announcement(self, session: ProbeSession) -> str:
         shared = f" shared by {session.peers.size} processes" if session.peers.size > 1 else ""

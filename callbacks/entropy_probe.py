@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
 
 from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizer, find_policy, find_tokenizer, refuse_sharded
+from entropy_pl.callbacks.causes import RunSources
 from entropy_pl.callbacks.door import Attachment, ProbeDoor
 from entropy_pl.callbacks.prompts import find_prompts
 from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
@@ -33,7 +34,9 @@ class EntropyProbeCallback(ProbeDoor, Callback):
     """The probe as a callback of Lightning's Trainer; every option is :class:`~entropy_pl.callbacks.door.ProbeDoor`'s.
 
     The policy, its tokenizer and its optimizer are found in any LightningModule, E prompts in a datamodule with an
-    `e_prompts`; `temperature` and `max_new_tokens` are by default the module's own attributes of these names.
+    `e_prompts`; `temperature` and `max_new_tokens` are by default the module's own attributes of these names. Its
+    `update_batch()`, called while a step is under way, gives the U-batch to attribute the change to
+    (:class:`entropy_pl.attribution.UpdateBatch`), its `rewards_of(prompts, completions)` the rewards of E.
 
     Raises:
         MisconfigurationException: at construction for an option out of range; at the start of fit if no policy,
@@ -124,6 +127,7 @@ class EntropyProbeCallback(ProbeDoor, Callback):
             getattr(pl_module, "temperature", None),
             getattr(pl_module, "max_new_tokens", None),
             peers,
+            RunSources(getattr(pl_module, "update_batch", None), getattr(pl_module, "rewards_of", None)),
         )
         optimizer = find_optimizer(trainer.optimizers, policy, self._optimizer)
         return Attachment(session, optimizer, self.directory(trainer), lambda: _sinks(trainer.loggers))

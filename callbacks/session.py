@@ -14,12 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entropy_pl.callbacks.causes import Causes, CausesOfStep, RunSources
 from entropy_pl.callbacks.prompts import fingerprint
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.policy.sample import check_prompts, sample_completions
 from entropy_pl.policy.score import model_device
-from entropy_pl.probe import EntropyProbe, ProbeMemory, peak_memory, probe_memory, timed
+from entropy_pl.probe import (
+    ATTRIBUTION_PASSES,
+    EntropyProbe,
+    ProbeMemory,
+    peak_memory,
+    probe_memory,
+    timed,
+)
+from entropy_pl.reporting import AttributedTokens
 from entropy_pl.reporting.records import SCHEMA, Record
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates.record import UpdateRecorder
@@ -50,6 +59,8 @@ class ProbeSession:
         resample_prompts: other prompts at every probe, instead of one set for the run.
         sample_batch_size: completions sampled at once; None takes up to 256.
         peers: the run's processes.
+        causes: what of the step's causes is looked for.
+        sources: what the run says of its U-batch and of rewards.
         prompts_in_u: how many of ``prompts`` the run trains on too, for the record; None where that is not known.
 
     Raises:
@@ -69,10 +80,14 @@ class ProbeSession:
     resample_prompts: bool = False
     sample_batch_size: int | None = None
     peers: Peers = ALONE
+    causes: Causes = field(default_factory=Causes)
+    sources: RunSources = field(default_factory=RunSources)
     prompts_in_u: int | None = None
     _prompt_tokens: int = field(default=0, init=False, repr=False)
     _recorder: UpdateRecorder | None = field(default=None, init=False, repr=False)
     _failure: Exception | None = field(default=None, init=False, repr=False)
+    attributed: AttributedTokens | None = field(default=None, init=False, repr=False)
+    """Of the step measured last, where it was attributed."""
 
     def __post_init__(self) -> None:
         self.peers.agree("the E prompts", fingerprint(self.prompts))  # first: what follows is then the same for all
@@ -95,7 +110,8 @@ class ProbeSession:
     @property
     def passes(self) -> int:
         """Passes over E that a probe takes, sampling counted as one."""
-        return self.probe.passes(lr=1.0) + 1
+        attribution = ATTRIBUTION_PASSES if self.causes.attribution and self.sources.update_batch else 0
+        return self.probe.passes(lr=1.0) + 1 + attribution + len(self.causes.counterfactuals)
 
     def memory(self) -> ProbeMemory:
         """What a probe will need in this process, beside what the run holds."""
@@ -113,7 +129,7 @@ class ProbeSession:
         self.disarm()
         try:
             self._recorder = UpdateRecorder(self.model, optimizer)
-            self._recorder.snapshot()
+            self._recorder.snapshot(moments=bool(self.causes.counterfactuals))
         except Exception as error:
             self._recorder, self._failure = None, error
 
@@ -145,6 +161,7 @@ class ProbeSession:
             A record (see :mod:`entropy_pl.reporting.records`) of status ``ok``, ``no_movement`` or ``failed``.
         """
         record = self._record(step, "ok")
+        self.attributed = None
         start = time.perf_counter()
         memory = None
         kept = 0 if self._recorder is None else self._recorder.bytes()  # in use before the block below begins
@@ -188,17 +205,40 @@ class ProbeSession:
             return {"status": "no_movement", "message": message}
         assert self._recorder is not None
         seconds: dict[str, float] = {}
+        causes = CausesOfStep(
+            self.model, self.tokenizer, self.probe, self.causes, self.sources, self.peers, self.seed, step
+        )
+        batch = causes.update_batch()
         with ExitStack() as theta_before:
             with self.peers.together():
                 theta_before.enter_context(self._recorder.at_theta_before())
                 with timed(seconds, "sampling", self.model):
                     rollout = self._draw(step)
+                rewards = causes.rewards(self._own_prompts(step), rollout)
                 on_pass("sampling")
                 self.peers.exchange(None)
-            scores = self.probe.collect(self.model, rollout, update, peers=self.peers, on_pass=on_pass)
-        result = self.probe.reduce(scores, update).to_dict()
-        result["seconds"] = seconds | result["seconds"]
-        return result | {"mean_completion_length": float(scores.base.mask.sum(1).double().mean())}
+            counterfactuals = causes.counterfactuals(batch, self._recorder)
+            scores = self.probe.collect(
+                self.model,
+                rollout,
+                update,
+                rewards=rewards,
+                counterfactuals=counterfactuals,
+                peers=self.peers,
+                on_pass=on_pass,
+            )
+            found = self.probe.reduce(scores, update).to_dict()
+            with timed(seconds, "attribution", self.model):
+                explained, self.attributed = causes.attribute(rollout, update, batch, scores, on_pass)
+        return (
+            found
+            | explained
+            | {
+                "seconds": seconds | found["seconds"],
+                "mean_completion_length": float(scores.base.mask.sum(1).double().mean()),
+                "absent": causes.absent,
+            }
+        )
 
     def _read(self, record: Record) -> UpdateVector:
         """The step, if all processes have taken the same one."""
@@ -226,6 +266,10 @@ class ProbeSession:
     @property
     def _prompts_needed(self) -> int:
         return self.num_sequences // self.completions_per_prompt
+
+    def _own_prompts(self, step: int) -> list[str]:
+        """Of every completion of this process's share."""
+        return [p for p in self.peers.share(self.e_prompts(step)) for _ in range(self.completions_per_prompt)]
 
     def _draw(self, step: int) -> Rollout:
         """This process's share of the E-batch."""

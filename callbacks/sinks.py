@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -10,17 +11,26 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from entropy_pl.reporting import (
+    AttributedTokens,
     Record,
     add_margin_charts,
+    attribution_page,
+    components_figure,
     delta_entropy_figure,
     eta_sweep_figure,
+    exchange_rate_figure,
+    influence_matrix_figure,
+    influence_scatter_figure,
+    influence_share_figure,
     latest_per_step,
     probe_table,
     read_records,
     scalars,
+    top_tokens_figure,
 )
 
-SWEEP_TAG = "entropy_probe/eta_sweep"
+SWEEP_TAG, ATTRIBUTION_TAG = "entropy_probe/eta_sweep", "entropy_probe/attribution/"
+ATTRIBUTION_FOLDER = "attribution"
 
 
 class Sink:
@@ -29,8 +39,8 @@ class Sink:
     tensorboard: str | None = None
     """Folder to open TensorBoard on, if it is one of its."""
 
-    def prepare(self) -> None:
-        """Before the first number comes."""
+    def prepare(self, reward: bool, counterfactuals: Sequence[str]) -> None:
+        """Before the first number comes: whether there will be rewards, and which other losses."""
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log numbers by tag."""
@@ -52,9 +62,9 @@ class TensorBoardSink(Sink):
         self.tensorboard = folder
         self._writer = writer
 
-    def prepare(self) -> None:
+    def prepare(self, reward: bool, counterfactuals: Sequence[str]) -> None:
         """Lay out the margin charts."""
-        add_margin_charts(self._writer)
+        add_margin_charts(self._writer, reward=reward, counterfactuals=counterfactuals)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Log numbers by tag."""
@@ -66,14 +76,34 @@ class TensorBoardSink(Sink):
         self._writer.add_figure(tag, draw(), global_step=step)
 
 
-def publish(record: Record, sinks: Sequence[Sink]) -> None:
-    """Log a record's scalars, and its η-sweep."""
-    values = scalars(record)
+def publish(record: Record, sinks: Sequence[Sink], tokens: AttributedTokens | None, folder: Path) -> None:
+    """Log a record's scalars and pictures, and write what was attributed beside the records.
+
+    Args:
+        record: of one probe.
+        sinks: the run's loggers.
+        tokens: what every token did, where that is known.
+        folder: of the records.
+    """
+    step, values = record["step"], scalars(record)
     for sink in sinks:
         if values:
-            sink.scalars(values, record["step"])
+            sink.scalars(values, step)
         if record["status"] == "ok":
-            sink.figure(SWEEP_TAG, lambda: eta_sweep_figure(record), record["step"])
+            sink.figure(SWEEP_TAG, lambda: eta_sweep_figure(record), step)
+    if tokens is None:
+        return
+    name = folder / ATTRIBUTION_FOLDER / f"step_{step:06d}"
+    name.parent.mkdir(exist_ok=True)
+    tokens.save(name.with_suffix(".npz"))
+    page = attribution_page(tokens, title=f"Who moved the entropy: optimizer step {step}")
+    name.with_suffix(".html").write_text(page, encoding="utf-8")
+    figures = {"top_tokens": top_tokens_figure, "influence": influence_scatter_figure, "share": influence_share_figure}
+    if tokens.matrix is not None:
+        figures["matrix"] = influence_matrix_figure
+    for tag, draw in figures.items():
+        for sink in sinks:
+            sink.figure(f"{ATTRIBUTION_TAG}{tag}", partial(draw, tokens), step)
 
 
 def summarize(records_path: Path, sinks: Sequence[Sink]) -> None:
@@ -81,8 +111,17 @@ def summarize(records_path: Path, sinks: Sequence[Sink]) -> None:
     records = latest_per_step(read_records(records_path))
     picture = records_path.parent / "delta_entropy.png"
     delta_entropy_figure(records).savefig(picture)
+    pictures = [picture]
+    if any(record.get("attribution") for record in records):
+        pictures.append(picture.with_name("components.png"))
+        components_figure(records).savefig(pictures[-1])
+    if any(record.get("exchange_rate") for record in records):
+        pictures.append(picture.with_name("exchange_rate.png"))
+        exchange_rate_figure(records).savefig(pictures[-1])
     console = Console(soft_wrap=True)
     console.print(probe_table(records))
-    lines = [f"records  {records_path}", f"figure   {picture}"]
+    lines = [f"records  {records_path}", *(f"figure   {path}" for path in pictures)]
+    pages = sorted((records_path.parent / ATTRIBUTION_FOLDER).glob("step_*.html"))
+    lines += [f"tokens   {pages[-1]}" + (f" and {len(pages) - 1} more" if len(pages) > 1 else "")] if pages else []
     lines += [f"curves   tensorboard --logdir {sink.tensorboard}" for sink in sinks if sink.tensorboard is not None]
     console.print("\n".join(lines), highlight=False, markup=False)

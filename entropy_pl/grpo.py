@@ -49,9 +49,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entropy_pl.data.datamodule import PromptBatch
+from entropy_pl.attribution import UpdateBatch
+from entropy_pl.data.datamodule import PromptBatch, PromptDataModule
+from entropy_pl.data.registry import format_prompt
 from entropy_pl.groups import Groups, GroupSampler, ZeroAdvantage
-from entropy_pl.objectives import AdvantageKind, LossSettings, LossType, PolicyLoss, RewardSum
+from entropy_pl.objectives import AdvantageKind, AdvantageSign, LossSettings, LossType, PolicyLoss, RewardSum
 from entropy_pl.policy import (
     Policy,
     PolicySettings,
@@ -103,6 +105,18 @@ class GRPOModule(LightningModule):
         clip_low: the ratio of new to old probability is clipped at 1 - clip_low.
         clip_high: and at 1 + clip_high.
         kl_coefficient: weight of the KL divergence to the reference policy (adapter off); 0 needs no reference.
+        entropy_coefficient: weight of the entropy bonus, the mean entropy of the tokens (averaged as `loss_type` says);
+            0 has none.
+        advantage_sign: completions of which advantages the policy gradient is of: `both`, `positive` or `negative`. The
+            others count in the loss's average, and in its KL and entropy terms.
+        clip_cov_fraction: Clip-Cov (arXiv 2505.22617): this share of the tokens, drawn anew for every rollout among
+            those whose covariance of log-prob and advantage lies inside clip_cov_bounds, has no policy gradient; 0
+            switches it off, the paper's is 0.0002. It costs one more pass over the rollout.
+        clip_cov_bounds: smallest and largest covariance, in nats.
+        kl_cov_fraction: KL-Cov (same paper): the share of tokens with the largest covariance that pays for leaving the
+            policy that sampled, unclipped; 0 switches it off, the paper's is 0.002. It costs one more pass, and without
+            a second update per rollout it changes nothing.
+        kl_cov_coefficient: their price, per nat of |log(π/π_old)|.
         updates_per_rollout: optimizer steps on each rollout.
         max_batch_tokens: padded tokens per forward pass in training; bounds memory, does not change the result (but for
             dropout's masks). None bounds the logits' memory.
@@ -111,7 +125,7 @@ class GRPOModule(LightningModule):
             (and in the KL term). `filter`: they are dropped, and the average is over the rest. `resample`: their
             prompts are answered anew, up to max_resamples times, then what is left is dropped. Drawing until rewards
             differ favours prompts of middling difficulty. A rollout without any advantage takes no optimizer step,
-            unless it is kept and there is a KL term. Each process filters and resamples for itself.
+            unless it is kept and there is a KL or an entropy term. Each process filters and resamples for itself.
         max_resamples: rounds of resampling.
         max_idle_rollouts: training stops, and says so, after this many rollouts in a row without an advantage: the
             rewards are all equal, nothing is learnt, and `max_steps` would never come.
@@ -142,6 +156,12 @@ class GRPOModule(LightningModule):
         clip_low: float = 0.2,
         clip_high: float = 0.2,
         kl_coefficient: float = 0.0,
+        entropy_coefficient: float = 0.0,
+        advantage_sign: AdvantageSign = "both",
+        clip_cov_fraction: float = 0.0,
+        clip_cov_bounds: tuple[float, float] = (1.0, 5.0),
+        kl_cov_fraction: float = 0.0,
+        kl_cov_coefficient: float = 1.0,
         updates_per_rollout: int = 1,
         max_batch_tokens: int | None = None,
         sample_batch_size: int | None = None,
@@ -171,7 +191,19 @@ class GRPOModule(LightningModule):
             max_resamples,
         )
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
-        loss = LossSettings(loss_type, clip_low, clip_high, kl_coefficient, max_completion_length=max_new_tokens)
+        loss = LossSettings(
+            loss_type,
+            clip_low,
+            clip_high,
+            kl_coefficient,
+            max_completion_length=max_new_tokens,
+            entropy_coefficient=entropy_coefficient,
+            advantage_sign=advantage_sign,
+            clip_cov_fraction=clip_cov_fraction,
+            clip_cov_bounds=clip_cov_bounds,
+            kl_cov_fraction=kl_cov_fraction,
+            kl_cov_coefficient=kl_cov_coefficient,
+        )
         self.policy_gradient = PolicyGradient(loss, advantage, temperature, max_batch_tokens)
         self.updates_per_rollout = updates_per_rollout
         self.max_grad_norm = max_grad_norm
@@ -183,6 +215,8 @@ class GRPOModule(LightningModule):
             {name: MeanMetric() for name in (*METRICS, *(f"reward_{name}" for name in reward.rewards))}
         )
         self._restored: Mapping[str, Tensor] = {}
+        self._taken: tuple[TrainingBatch, Tensor | None, Tensor] | None = None  # what the step under way is made of
+        self._gradient_norm: Tensor | None = None  # before clipping
         self._policy_settings = policy
         if isinstance(policy, Policy):
             self.model, self.tokenizer = policy
@@ -310,8 +344,12 @@ class GRPOModule(LightningModule):
             # here, and not in the hook below: by then a scaler has looked for overflow, and all must find the same
             sum_gradients(trainable_parameters(self.model).values(), self._over_processes)
         self._record("lr", max(float(group["lr"]) for group in optimizer.param_groups))
-        with self._outside_autocast():
-            optimizer.step()
+        self._taken = batch, old_logp, logp
+        try:
+            with self._outside_autocast():
+                optimizer.step()
+        finally:
+            self._taken = self._gradient_norm = None
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, LRScheduler):
             scheduler.step()
@@ -321,8 +359,61 @@ class GRPOModule(LightningModule):
         """Clip the gradients: here they are complete, over all processes, and, under 16-mixed, no longer scaled."""
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = nn.utils.clip_grad_norm_(trainable_parameters(self.model).values(), limit)
+        self._gradient_norm = norm
         if norm.isfinite():  # under 16-mixed an overflow skips the step
             self._record("grad_norm", norm)
+
+    # ------------------------------------------------------------------------------------------------ what probes ask
+
+    def update_batch(self) -> UpdateBatch | None:
+        """This process's part of the batch behind the optimizer step under way, and how its loss depends on each token.
+
+        To be called from a hook on the optimizer's step; None at any other time. Nothing is kept for it but references,
+        and nothing is read from the device before it is called.
+        """
+        if self._taken is None or self._gradient_norm is None:
+            return None
+        batch, old_logp, logp = self._taken
+        token_coefficients, entropy_coefficients = self.policy_gradient.coefficients(batch, logp, old_logp)
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        scale = torch.clamp(limit / (self._gradient_norm + 1e-6), max=1.0)  # as torch's clip_grad_norm_ computes it
+        return UpdateBatch(
+            batch.rollout,
+            token_coefficients,
+            gradient_scale=float(scale),
+            entropy_coefficients=entropy_coefficients,
+            divided_by="tokens" if self.policy_gradient.loss.loss_type in ("dapo", "bnpo") else "completions",
+            advantages=batch.advantages,
+            old_logp=old_logp,
+            weights=batch.weights,
+            ref_logp=batch.ref_logp,
+            policy_gradient=self.policy_gradient,
+            max_grad_norm=self.max_grad_norm,
+            selected=batch.selected,
+        )
+
+    def rewards_of(self, prompts: list[str], completions: list[str]) -> Tensor | None:
+        """The run's reward, the weighted sum, of completions of E prompts.
+
+        Args:
+            prompts: formatted, one per completion.
+            completions: decoded, without special tokens.
+
+        Returns:
+            ``[N]``, float32, on the CPU. None where the Trainer has no `PromptDataModule`, or it does not know the
+            answer to a prompt, since the prompt is not one of its E prompts.
+
+        Raises:
+            ValueError: if the lengths differ.
+        """
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, PromptDataModule):
+            return None
+        answers = {format_prompt(datamodule.template, e.question): e.answer for e in datamodule.e_examples}
+        if not answers.keys() >= set(prompts):
+            return None
+        total, _ = self.sampler.reward(completions, [answers[prompt] for prompt in prompts])
+        return total
 
     @contextmanager
     def _outside_autocast(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +15,14 @@ from entropy_pl.objectives import (
     PolicyLoss,
     group_advantages,
     policy_loss,
+    select_tokens,
+    token_covariance,
     token_weights,
 )
-from entropy_pl.objectives.losses import BatchSize
-from entropy_pl.policy import evaluation_mode, reference_policy
+from entropy_pl.objectives.losses import BatchSize, OverProcesses
+from entropy_pl.policy import evaluation_mode, reference_policy, trainable_parameters
 from entropy_pl.policy.score import compact, default_batch_tokens, micro_batches, over_micro_batches, policy_stats
 from entropy_pl.rollout import Rollout, TokenStats
-
-OverProcesses = Callable[[Tensor], Tensor]
-"""The sum of a tensor over all processes, which hold one of the same shape each and all come here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +35,17 @@ class TrainingBatch:
         weights: of each token in the loss, ``[N, T]``; they depend on the whole batch of all processes, not on its
             micro-batches.
         ref_logp: log-probs under the reference policy in nats, ``[N, T]``; None without a KL term.
+        selected: tokens that Clip-Cov or KL-Cov chose, ``[N, T]``, bool; None without either.
+        old_logp: log-probs at the sampling θ in nats, ``[N, T]``, by which they were chosen; None without either. They
+            are of eval mode, where the loss's own π_old is of the first update's forward pass, dropout included.
     """
 
     rollout: Rollout
     advantages: Tensor
     weights: Tensor
     ref_logp: Tensor | None
+    selected: Tensor | None = None
+    old_logp: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class PolicyGradient:
     """The clipped policy-gradient loss of a whole U-batch, in micro-batches that add up to it exactly.
 
     Args:
-        loss: loss type, clip range, KL coefficient.
+        loss: loss type, clip range, KL and entropy coefficients, which tokens are taught.
         advantage: how rewards become advantages within a group.
         temperature: of the sampling distribution, whose log-probs the loss is made of.
         max_batch_tokens: padded tokens per micro-batch; None bounds the logits' memory.
@@ -75,10 +79,13 @@ class PolicyGradient:
     def batch(
         self, model: nn.Module, groups: Groups, total: OverProcesses = lambda counts: counts
     ) -> TrainingBatch | None:
-        """Advantages, token weights and reference log-probs of the groups.
+        """Advantages, token weights, reference log-probs and tokens to hold back.
+
+        One pass over the groups for the reference policy, and one for the covariance of tokens, where the loss needs
+        them. Clip-Cov draws from the global torch stream.
 
         Args:
-            model: the policy.
+            model: the policy, at the θ that sampled.
             groups: those of this process.
             total: sums over the processes that take the step together, all of which call this method.
 
@@ -90,14 +97,47 @@ class PolicyGradient:
         *size, informative = total(torch.tensor(mine, device=mask.device)).tolist()
         whole = BatchSize(*size)
         # Without advantages a step would be momentum and weight decay alone.
-        if not whole.completions or (self.loss.kl_coefficient == 0 and not informative):
+        if not whole.completions or (self.loss.needs_advantages and not informative):
             return None
         rewards = groups.rewards.to(self.dtype)
         advantages = group_advantages(rewards, groups.size, self.advantage) if len(groups) else rewards
         weights = token_weights(
             mask, self.loss.loss_type, self.loss.max_completion_length, whole=whole, dtype=self.dtype
         )
-        return TrainingBatch(rollout, advantages, weights, self._reference_logp(model, rollout))
+        if self.loss.kl_coefficient == 0:
+            return self.prepared(model, rollout, advantages, weights, total=total)
+        with reference_policy(model):
+            ref_logp = self._logp(model, rollout)
+        return self.prepared(model, rollout, advantages, weights, ref_logp=ref_logp, total=total)
+
+    def prepared(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        advantages: Tensor,
+        weights: Tensor,
+        *,
+        ref_logp: Tensor | None = None,
+        old_logp: Tensor | None = None,
+        total: OverProcesses = lambda counts: counts,
+    ) -> TrainingBatch:
+        """A batch of advantages and weights at hand, with the tokens that this loss holds back.
+
+        Args:
+            model: the policy, at the θ that sampled unless ``old_logp`` is given.
+            rollout: ``[N, T]``.
+            advantages: ``[N]``.
+            weights: of each token in the loss, ``[N, T]``.
+            ref_logp: log-probs under the reference policy, ``[N, T]``.
+            old_logp: log-probs at the sampling θ, ``[N, T]``; None: one pass makes them, where the loss needs them.
+            total: as in :meth:`batch`.
+        """
+        if not self.loss.needs_covariance:
+            return TrainingBatch(rollout, advantages, weights, ref_logp)
+        mask = rollout.completion_mask
+        old_logp = self._logp(model, rollout) if old_logp is None else old_logp
+        selected = select_tokens(token_covariance(old_logp, advantages, mask, total), mask, self.loss, total)
+        return TrainingBatch(rollout, advantages, weights, ref_logp, selected, old_logp)
 
     def backward(
         self,
@@ -121,11 +161,83 @@ class PolicyGradient:
             Log-probs at θ, ``[N, T]``.
         """
         logp = torch.zeros_like(batch.weights)
+        for rows, result, stats in self._micro_losses(model, batch, old_logp):
+            logp[rows, : stats.logp.shape[1]] = stats.logp.detach()
+            call_backward(result.loss)
+            on_micro_batch(result, stats)
+        return logp
+
+    def gradient(self, model: nn.Module, batch: TrainingBatch, old_logp: Tensor | None = None) -> dict[str, Tensor]:
+        """The gradient that :meth:`backward` adds, as tensors; no parameter's ``grad`` is touched.
+
+        Args:
+            model: the policy, in whatever mode and autocast the caller chose.
+            batch: what to learn; of several processes, this one's part, and so is the gradient.
+            old_logp: as in :meth:`backward`.
+
+        Returns:
+            By name of the trainable parameters, of their shapes. Micro-batches, each differentiated in the parameters'
+            dtype, are added up in float64. A parameter without a part in the loss has zeros.
+        """
+        parameters = trainable_parameters(model)
+        total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+        with torch.enable_grad():
+            for _, result, _ in self._micro_losses(model, batch, old_logp):
+                gradients = torch.autograd.grad(result.loss, list(parameters.values()), allow_unused=True)
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        total[name] += gradient
+        return total
+
+    def coefficients(
+        self, batch: TrainingBatch, logp: Tensor, old_logp: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """How the loss depends on every token: its gradient is Σ_ik (a_ik ∇log π(t_ik) + b_ik ∇h_ik).
+
+        Args:
+            batch: what is learnt.
+            logp: log-probs at θ in nats, ``[N, T]``, as :meth:`backward` returns them.
+            old_logp: as in :meth:`backward`.
+
+        Returns:
+            a = ∂L/∂log π(t_ik), and b = ∂L/∂h_ik or None without an entropy term; ``[N, T]``, float64, of the loss in
+            float64 at these log-probs.
+        """
+
+        def wide(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.detach().double()
+
+        with torch.enable_grad():
+            at = logp.detach().double().requires_grad_()
+            # The loss is linear in h: where its derivative is taken does not matter.
+            entropy = torch.zeros_like(at, requires_grad=True) if self.loss.entropy_coefficient > 0 else None
+            result = policy_loss(
+                at,
+                at.detach() if old_logp is None else old_logp.detach().double(),
+                batch.advantages.double(),
+                batch.weights.double(),
+                self.loss,
+                wide(batch.ref_logp),
+                entropy,
+                batch.selected,
+            )
+            a, *b = torch.autograd.grad(result.loss, [at] if entropy is None else [at, entropy])
+        return a, b[0] if b else None
+
+    def _micro_losses(
+        self, model: nn.Module, batch: TrainingBatch, old_logp: Tensor | None
+    ) -> Iterator[tuple[Tensor, PolicyLoss, TokenStats]]:
+        """Rows, loss and statistics of every micro-batch, with a graph; to be differentiated before the next one."""
         for rows in micro_batches(batch.rollout, self.max_batch_tokens or default_batch_tokens(model)):
             part = compact(batch.rollout, rows)
             width = part.completion_ids.shape[1]
-            stats = policy_stats(model, part, temperature=self.temperature, dtype=self.dtype)
-            logp[rows, :width] = stats.logp.detach()
+            stats = policy_stats(
+                model,
+                part,
+                temperature=self.temperature,
+                dtype=self.dtype,
+                entropy_gradient=self.loss.entropy_coefficient > 0,
+            )
             result = policy_loss(
                 stats.logp,
                 stats.logp.detach() if old_logp is None else old_logp[rows, :width],
@@ -133,21 +245,20 @@ class PolicyGradient:
                 batch.weights[rows, :width],
                 self.loss,
                 None if batch.ref_logp is None else batch.ref_logp[rows, :width],
+                stats.entropy,
+                None if batch.selected is None else batch.selected[rows, :width],
             )
-            call_backward(result.loss)
-            on_micro_batch(result, stats)
-        return logp
+            yield rows, result, stats.detach()
 
     @torch.no_grad()
-    def _reference_logp(self, model: nn.Module, rollout: Rollout) -> Tensor | None:
-        if self.loss.kl_coefficient == 0:
-            return None
+    def _logp(self, model: nn.Module, rollout: Rollout) -> Tensor:
+        """Log-probs in eval mode, in the autocast that the caller chose, ``[N, T]``."""
 
         def score(part: Rollout) -> tuple[Tensor]:
             stats = policy_stats(model, part, temperature=self.temperature, dtype=self.dtype)
             return (stats.logp[part.completion_mask],)
 
-        with reference_policy(model), evaluation_mode(model):
+        with evaluation_mode(model):
             [logp] = over_micro_batches(model, rollout, score, outputs=1, max_batch_tokens=self.max_batch_tokens)
         return logp.to(self.dtype)
 

@@ -141,6 +141,13 @@ class TokenStats:
         return replace(self, logp=self.logp.detach(), entropy=self.entropy.detach())
 
 
+def prompt_clusters(rollout: Rollout) -> Tensor | None:
+    """Which sequences share a prompt, ``[N]``; None where none do."""
+    ids = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)
+    _, clusters = ids.unique(dim=0, return_inverse=True)
+    return clusters if int(clusters.max()) + 1 < len(rollout) else None
+
+
 def _stacked(parts: list[Tensor], pad_left: bool = False) -> Tensor:
     """The rows of all parts, padded with zeros to the widest."""
     width = max(part.shape[1] for part in parts)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,9 +15,11 @@ from torch.utils.data import DataLoader
 from written import written_rollout
 
 import entropy_pl.groups
-from entropy_pl.data.datamodule import PromptBatch
+from entropy_pl.attribution import UpdateBatch
+from entropy_pl.cli import main
+from entropy_pl.data.datamodule import PromptBatch, PromptDataModule
 from entropy_pl.grpo import GRPOModule
-from entropy_pl.objectives import AdvantageKind, LossType, register_reward
+from entropy_pl.objectives import INTERVENTIONS, AdvantageKind, LossSettings, LossType, intervened, register_reward
 from entropy_pl.policy import LoraSettings, PolicySettings, load_policy, load_policy_from, sample_completions
 from entropy_pl.rollout import Rollout
 
@@ -362,6 +365,162 @@ def test_half_precision_keeps_the_adapter_in_float32(
     assert all(metric.dtype == torch.float32 for metric in trainer.callback_metrics.values())
 
 
+# ---------------------------------------------------------------------------------- interventions against collapse
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_every_intervention_trains(make: Callable[..., GRPOModule], name: str) -> None:
+    """And ends elsewhere than the run without: two updates of one rollout, of which the first is at ratio 1."""
+    plain = make(updates_per_rollout=2, clip_high=0.001)
+    # of the tiny policy's 80 tokens at least one, and the largest covariance is above 0.1
+    options = {"clip_cov_bounds": (0.1, 5.0)} if name == "clip_cov" else {}
+    changed = make(updates_per_rollout=2, **({"clip_high": 0.001} | dict(INTERVENTIONS[name].changes) | options))
+    fit(plain, BATCHES[:1])
+    trainer = fit(changed, BATCHES[:1])
+    assert trainer.global_step == 2
+    assert any(not torch.equal(value, trained(changed)[key]) for key, value in trained(plain).items())
+    assert all(value.isfinite().all() for value in trained(changed).values())
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_every_intervention_is_reached_by_a_setting(make: Callable[..., GRPOModule], name: str) -> None:
+    loss = LossSettings(max_completion_length=10)
+    assert make().policy_gradient.loss == loss
+    assert make(**INTERVENTIONS[name].changes).policy_gradient.loss == intervened(loss, name) != loss
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_every_intervention_trains_from_the_command_line(
+    tiny_policy_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning's log handler outlives a test's captured stderr
+    fitted: list[GRPOModule] = []
+    monkeypatch.setattr(GRPOModule, "on_train_end", lambda self: fitted.append(self))
+    words = [
+        f"--model.{key}={list(value) if isinstance(value, tuple) else value}"
+        for key, value in INTERVENTIONS[name].changes.items()
+    ]
+    main(
+        [
+            "fit",
+            f"--model.policy.name={tiny_policy_dir}",
+            "--model.num_generations=2",
+            "--model.max_new_tokens=6",
+            "--model.rewards=[test_digits]",
+            "--model.updates_per_rollout=2",
+            *words,
+            "--data.batch_size=2",
+            "--data.u_size=8",
+            "--data.e_size=2",
+            "--probe.num_sequences=2",
+            "--trainer.max_steps=2",
+            "--trainer.accelerator=cpu",
+            f"--trainer.default_root_dir={tmp_path}",
+            "--trainer.logger=false",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_checkpointing=false",
+        ]
+    )
+    [module] = fitted
+    assert module.trainer.global_step == 2
+    assert module.policy_gradient.loss == intervened(LossSettings(max_completion_length=6), name)
+
+
+# --------------------------------------------------------------------------------------------- what probes are told
+
+
+class UpdateWatch(Callback):
+    """What the module tells of its batch during the step, with the gradient that the optimizer was given."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[UpdateBatch, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+        self.module = pl_module
+        self.before = trained(pl_module)
+        trainer.optimizers[0].register_step_post_hook(self.after_step)
+
+    def after_step(self, *_: Any) -> None:
+        batch = self.module.update_batch()
+        assert batch is not None
+        gradients = {n: p.grad.clone() for n, p in self.module.model.named_parameters() if p.grad is not None}
+        self.seen.append((batch, gradients, self.before))
+        self.before = trained(self.module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: GRPOModule, *_: Any) -> None:
+        assert pl_module.update_batch() is None
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.02])
+def test_the_update_batch_is_of_the_gradient_that_made_the_step(
+    make: Callable[..., GRPOModule], max_grad_norm: float | None
+) -> None:
+    """Its coefficients and scale, by the chain rule through log-probs taken one by one, give that gradient back."""
+    watch = UpdateWatch()
+    module = make(
+        updates_per_rollout=2,
+        temperature=0.7,
+        kl_coefficient=0.1,
+        entropy_coefficient=0.3,
+        kl_cov_fraction=0.1,
+        max_batch_tokens=40,
+        max_grad_norm=max_grad_norm,
+    )
+    fit(module, BATCHES[:1], callbacks=[watch])
+    assert module.update_batch() is None
+    assert [batch.old_logp is None for batch, *_ in watch.seen] == [True, False]
+    assert all((batch.gradient_scale < 0.9) == (max_grad_norm is not None) for batch, *_ in watch.seen)
+    for batch, gradients, theta in watch.seen:
+        assert batch.policy_gradient is module.policy_gradient
+        assert batch.max_grad_norm == max_grad_norm
+        assert batch.selected is not None
+        assert batch.selected.any()
+        model = module.model.train()
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for name, value in theta.items():
+            parameters[name].data.copy_(value)
+        a, b = batch.token_coefficients, batch.entropy_coefficients
+        assert b is not None
+        total: Any = 0.0
+        for i in range(len(batch.rollout)):
+            prompt = batch.rollout.prompt_ids[i][batch.rollout.prompt_mask[i]].tolist()
+            completion = batch.rollout.completion_ids[i][batch.rollout.completion_mask[i]].tolist()
+            logits = model(torch.tensor([prompt + completion])).logits[0] / 0.7
+            for k, token in enumerate(completion):
+                log_p = logits[len(prompt) + k - 1].log_softmax(0)
+                total = total + a[i, k] * log_p[token] - b[i, k] * (log_p.exp() * log_p).sum()
+        expected = torch.autograd.grad(batch.gradient_scale * total, list(parameters.values()))
+        wanted = dict(zip(parameters, expected, strict=True))
+        start = {name: torch.zeros_like(value) for name, value in wanted.items()}
+        # float32 forward passes, padded or not: 1e-5 of the gradient, as a whole
+        assert distance({name: gradients[name] for name in wanted}, wanted, start) < 1e-5
+
+
+def test_no_step_has_no_update_batch(make: Callable[..., GRPOModule]) -> None:
+    assert make().update_batch() is None
+
+
+def test_rewards_of_e_prompts(make: Callable[..., GRPOModule]) -> None:
+    data = PromptDataModule(e_size=3, u_size=2, batch_size=2)
+    module = make(rewards=["numeric_answer", "test_digits"], reward_weights=[2.0, 0.5], max_idle_rollouts=1000)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **options)
+    trainer.fit(module, data)
+    first, _, third = data.e_prompts
+    right, wrong = f"1</think><answer>{data.e_examples[2].answer}</answer>", "abc"
+    rewards = module.rewards_of([third, first, third], [right, right, wrong])
+    assert rewards is not None
+    digits = digits_reward(right, "1") / 2
+    other = 2.0 * (data.e_examples[0].answer == data.e_examples[2].answer)
+    assert rewards.tolist() == pytest.approx([2 + digits, other + digits, 0.0])
+    assert module.rewards_of([first, "1 + 1 ="], ["2", "2"]) is None
+    with pytest.raises(ValueError, match="one answer per completion, got 1 completions and 2 answers"):
+        module.rewards_of([first, third], ["2"])
+    without = make()
+    fit(without, BATCHES[:1])
+    assert without.rewards_of([first], ["2"]) is None
+
+
 # ------------------------------------------------------------------------------------------ reproduce, save, resume
 
 
@@ -428,6 +587,8 @@ def test_a_checkpoint_holds_the_trainable_parameters(
         ({"loss_type": "foo"}, "loss type out of .*'foo'"),
         ({"advantage": "foo"}, "advantage kind out of .*'foo'"),
         ({"zero_advantage": "foo"}, "zero_advantage out of .*'foo'"),
+        ({"entropy_coefficient": -1.0}, "entropy_coefficient to be finite and not negative, got -1.0"),
+        ({"clip_cov_fraction": 0.1, "kl_cov_fraction": 0.1}, "expected Clip-Cov or KL-Cov, got both"),
         ({"num_generations": 1}, "num_generations of at least 2, got 1"),
         ({"reward_weights": [1.0, 2.0]}, "one weight per reward"),
         ({"rewards": ["test_digit"]}, "did you mean 'test_digits'"),

@@ -27,7 +27,7 @@ from written import written_rollout
 import entropy_pl.groups
 from entropy_pl.data.datamodule import PromptBatch, PromptDataModule
 from entropy_pl.grpo import GRPOModule, _check_strategy
-from entropy_pl.objectives import LossType, register_reward
+from entropy_pl.objectives import LossSettings, LossType, register_reward, select_tokens, token_covariance
 from entropy_pl.policy import LoraSettings, Policy, PolicySettings, load_policy, load_policy_from
 from entropy_pl.policy_gradient import sum_gradients
 from entropy_pl.rollout import Rollout
@@ -150,8 +150,9 @@ def take_steps(rank: int, folder: str) -> dict[str, Any]:
         module = make(folder, loss_type=loss_type, **options)
         trainer = scripted(rank, groups, module)
         results[f"{loss_type}, {name}"] = trained(module), logged(trainer)
-    for name, strategy in (("run", "ddp"), ("run, unused", "ddp_find_unused_parameters_true")):
-        module = make(folder, **RUN)
+    runs = {"run": "ddp", "run, unused": "ddp_find_unused_parameters_true"} | dict.fromkeys(INTERVENED, "ddp")
+    for name, strategy in runs.items():
+        module = make(folder, **RUN, **INTERVENED.get(name, {}))
         trainer = scripted(rank, [BUSY, SHORT], module, times=2, strategy=strategy)
         results[name] = trained(module), logged(trainer)
     return results
@@ -162,6 +163,13 @@ RUN = {
     "max_grad_norm": 0.1,  # the gradient's is about one
     "optimizer": partial(torch.optim.SGD, lr=0.5, momentum=0.9),
     "scheduler": partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+}
+
+# Clip-Cov's are all the tokens inside its bounds, so that chance has no part in them.
+INTERVENED: dict[str, dict[str, Any]] = {
+    "run, entropy": {"entropy_coefficient": 0.2, "advantage_sign": "negative"},
+    "run, Clip-Cov": {"clip_cov_fraction": 1.0, "clip_cov_bounds": (0.2, 2.0)},
+    "run, KL-Cov": {"kl_cov_fraction": 0.2, "kl_cov_coefficient": 0.5},
 }
 
 
@@ -261,6 +269,38 @@ def sum_unused(rank: int, _: str) -> list[Any]:
     return [None if p.grad is None else p.grad.tolist() for p in parameters]
 
 
+# Of the two processes' completions: unequally many, of unequal lengths, and padded apart.
+COVARIANCE_LENGTHS = ([3, 1, 4], [6, 0, 2, 5, 6, 1, 3])
+COVARIANCE_SETTINGS = {
+    "kl": LossSettings(kl_cov_fraction=0.3),
+    "kl, one": LossSettings(kl_cov_fraction=1e-6),
+    "clip, all": LossSettings(clip_cov_fraction=1.0, clip_cov_bounds=(0.1, 1.0)),
+    "clip, some": LossSettings(clip_cov_fraction=0.1, clip_cov_bounds=(0.1, 1.0)),
+}
+
+
+def covariance_share(rows: slice, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs, advantages and mask of some rows of one batch of ten."""
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.randn(10, 6, generator=generator) - 2
+    advantages = torch.randn(10, generator=generator)
+    mask = torch.arange(6) < torch.tensor([*chain(*COVARIANCE_LENGTHS)])[:, None]
+    return logp[rows, :width], advantages[rows], mask[rows, :width]
+
+
+def choose_by_covariance(rank: int) -> dict[str, torch.Tensor]:
+    logp, advantages, mask = covariance_share(slice(0, 3) if rank == 0 else slice(3, 10), 4 if rank == 0 else 6)
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(values)
+        return values
+
+    torch.manual_seed(rank)
+    covariance = token_covariance(logp, advantages, mask, total)
+    chosen = {name: select_tokens(covariance, mask, of, total) for name, of in COVARIANCE_SETTINGS.items()}
+    return {name: torch.nn.functional.pad(x, (0, 6 - x.shape[1])) for name, x in ({"": covariance} | chosen).items()}
+
+
 def work(rank: int, folder: str, where: str) -> dict[str, Any]:
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")  # as a launcher does: Lightning then launches nothing
     return {
@@ -269,6 +309,7 @@ def work(rank: int, folder: str, where: str) -> dict[str, Any]:
         "overflow": overflow(rank, folder),
         "train": train(rank, folder, where),
         "unused": sum_unused(rank, folder),
+        "covariance": choose_by_covariance(rank),
     }
 
 
@@ -362,10 +403,10 @@ def test_metrics_are_over_all_completions(ranks: list[dict[str, Any]]) -> None:
     assert {"entropy", "clip_fraction", "grad_norm"} <= set(metrics)  # seen by the other process alone
 
 
-@pytest.mark.parametrize("name", ["run", "run, unused"])
+@pytest.mark.parametrize("name", ["run", "run, unused", *INTERVENED])
 def test_a_run_is_that_of_one_process(ranks: list[dict[str, Any]], tiny_policy_dir: Path, name: str) -> None:
     """Of one process that is given all prompts; that its steps are right, `test_grpo` shows."""
-    module = make(str(tiny_policy_dir), **RUN)
+    module = make(str(tiny_policy_dir), **RUN, **INTERVENED.get(name, {}))
     start = trained(module)
     patch = sampling(BUSY + SHORT)
     trainer = fit(module, loader([prompts_of(BUSY + SHORT)] * 2))
@@ -375,6 +416,8 @@ def test_a_run_is_that_of_one_process(ranks: list[dict[str, Any]], tiny_policy_d
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert metrics == others == pytest.approx(logged(trainer), rel=1e-4)  # likewise
     assert metrics["grad_norm"] > 0.2  # so that clipping did something
+    if name in INTERVENED:  # and so did the intervention
+        assert distance(first, ranks[0]["steps"]["run"][0], start) > 1e-2
 
 
 def test_processes_that_learn_nothing_end_together(ranks: list[dict[str, Any]]) -> None:
@@ -419,6 +462,28 @@ def test_processes_draw_their_own_random_numbers(ranks: list[dict[str, Any]], ti
     [alone], [first], [second] = (watch.completions, *(rank["train"]["drawn"] for rank in ranks))
     assert torch.equal(first, alone)
     assert second.shape != first.shape or not torch.equal(second, first)
+
+
+def test_tokens_are_chosen_over_all_processes(ranks: list[dict[str, Any]]) -> None:
+    together = {name: torch.cat([rank["covariance"][name] for rank in ranks]) for name in ranks[0]["covariance"]}
+    logp, advantages, mask = covariance_share(slice(0, 10), 6)
+    places = [(i, k) for i in range(10) for k in range(6) if mask[i, k]]
+    assert len(places) == 31
+    means = [
+        statistics.mean(values)
+        for values in ([float(logp[p]) for p in places], [float(advantages[i]) for i, _ in places])
+    ]
+    covariance = {(i, k): (float(logp[i, k]) - means[0]) * (float(advantages[i]) - means[1]) for i, k in places}
+    for place, value in covariance.items():
+        assert together[""][place].item() == pytest.approx(value, rel=1e-12)  # float64, sums in another order
+    ranked = sorted(places, key=lambda place: -covariance[place])
+    inside = {place for place in places if 0.1 < covariance[place] < 1.0}
+    found = {name: {(i, k) for i, k in chosen.nonzero().tolist()} for name, chosen in together.items() if name}
+    assert found["kl"] == set(ranked[:9])
+    assert found["kl, one"] == set(ranked[:1])
+    assert found["clip, all"] == inside
+    assert found["clip, some"] < inside
+    assert len(found["clip, some"]) == 3
 
 
 def test_a_gradient_that_no_process_has_stays_none(ranks: list[dict[str, Any]]) -> None:

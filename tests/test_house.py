@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (  # the ground floor first
     ("version", "registry", "config", "config_messages", "peers", "rollout", "updates", "data"),
     ("estimators", "objectives", "policy"),
-    ("groups", "policy_gradient", "grpo"),
+    ("groups", "policy_gradient", "attribution", "grpo"),
     ("probe",),
     ("reporting",),
     ("callbacks", "configs", "measurements"),

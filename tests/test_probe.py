@@ -16,7 +16,7 @@ from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.policy.sample import sample_completions
 from entropy_pl.policy.score import NonFiniteError
 from entropy_pl.policy.tangents import token_stats_jvp
-from entropy_pl.probe import prompt_clusters
+from entropy_pl.rollout import prompt_clusters
 
 N = 3000
 

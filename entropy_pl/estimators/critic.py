@@ -74,27 +74,66 @@ def score_baseline(
         ValueError: for an unknown kind or option, features that are missing, not finite or of another number of rows,
             λ outside [0, 1], fewer than 2 folds or clusters, or statistics no estimate can be made of.
     """
+    fitted = fit_baseline(
+        kind,
+        base,
+        score_return(base, normalize=normalize, weighting=weighting, integrand=integrand),
+        score_return(base, normalize=normalize, weighting="prefix", integrand=integrand),
+        features=features,
+        gae_lambda=gae_lambda,
+        clusters=clusters,
+        folds=folds,
+    )
+    return fitted - base.mask.to(fitted) if fitted is not None and integrand == "surprisal" else fitted
+
+
+def fit_baseline(
+    kind: Baseline,
+    base: TokenStats,
+    returns: Tensor,
+    to_go: Tensor,
+    *,
+    features: Tensor | None,
+    gae_lambda: float,
+    clusters: Clusters,
+    folds: int,
+) -> Tensor | None:
+    """A cross-fitted baseline of any return: what :func:`score_baseline` does once it knows what is predicted.
+
+    Args:
+        kind: ``none``, ``position``, ``critic`` or ``gae``.
+        base: statistics at θ, ``[N, T]``.
+        returns: what ṡ_ik is multiplied by, ``[N, T]``, float64, zero where the mask is False.
+        to_go: the part of it that the prefix has not settled yet and the critic predicts, likewise.
+        features: as for :func:`score_baseline`.
+        gae_lambda: λ.
+        clusters: prompt of each sequence, ``[N]``, where prompts repeat.
+        folds: of the cross-fitting.
+
+    Returns:
+        ``[N, T]`` in the unit of the return, float64, zero where the mask is False; None for ``none``.
+
+    Raises:
+        ValueError: as :func:`score_baseline`.
+    """
     if kind not in get_args(Baseline):
         raise ValueError(f"expected a baseline among {get_args(Baseline)}, got {kind!r}")
     if kind == "none":
         return None
     if not 0 <= gae_lambda <= 1:
         raise ValueError(f"expected gae_lambda between 0 and 1, got {gae_lambda}")
-    returns = score_return(base, normalize=normalize, weighting=weighting, integrand=integrand)
     fold, folds = _sequence_folds(clusters, len(base), folds)
     fold = fold.to(returns.device)
-    pathwise = -base.mask.to(returns) if integrand == "surprisal" else torch.zeros_like(returns)
     if kind == "position":
-        return _position_mean(returns, base.mask, fold, folds) + pathwise
+        return _position_mean(returns, base.mask, fold, folds)
     features = _checked_features(features, base.mask, kind)
-    to_go = score_return(base, normalize=normalize, weighting="prefix", integrand=integrand)
     token_fold = fold[:, None].expand_as(base.mask)[base.mask]
     ridge = RidgeFolds([features, prefix_columns(base)], to_go[base.mask].cpu(), token_fold.cpu(), folds)
     values = torch.zeros_like(to_go)
     values[base.mask] = ridge.predict().to(values)
     if kind == "gae":
         values = gae_baseline(to_go, values, base.mask, gae_lambda)
-    return values + (returns - to_go) + pathwise  # returns − to_go: the past under `sequence`, nothing under `prefix`
+    return values + (returns - to_go)  # returns − to_go: the past under `sequence`, nothing under `prefix`
 
 
 def prefix_columns(base: TokenStats) -> Tensor:

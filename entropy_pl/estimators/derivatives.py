@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import grad, jvp
 
 from entropy_pl.estimators.estimate import EntropyChange, make_estimate
 from entropy_pl.estimators.snis import Clusters, Integrand, Measure, Normalize, Weighting, check_stats
@@ -49,13 +49,46 @@ def first_order_delta_entropy(
     """
     measure = Measure(normalize, weighting, integrand)
     check_stats(base, base=base, tangent=tangent)
-    value, influence = _derivative(_path(measure, base, tangent, None))(_origin(base))
-    if baseline is not None:
-        if baseline.shape != base.mask.shape:
-            raise ValueError(f"expected a baseline of shape {list(base.mask.shape)}, got {list(baseline.shape)}")
-        gain = _control_variate(measure, base, tangent, baseline.to(value))
-        value, influence = value - gain.mean(), influence - (gain - gain.mean())
+    value, influence = _first_order(measure, base, tangent, baseline)
     return make_estimate(value, influence, clusters=clusters, confidence=confidence, mask=base.mask)
+
+
+def first_order_coefficients(
+    base: TokenStats,
+    *,
+    normalize: Normalize = "per_token",
+    weighting: Weighting = "prefix",
+    integrand: Integrand = "rao_blackwell",
+    baseline: Tensor | None = None,
+) -> TokenStats:
+    """What :func:`first_order_delta_entropy` multiplies every token's tangents by: δH₁ = Σ_ik a_ik ṡ_ik + b_ik ḣ_ik.
+
+    The reported value is linear in the tangents; this is its gradient, by reverse mode through the same calculation,
+    the baseline's control variate included. Σ a ∂s/∂θ + b ∂h/∂θ is then ∇Ĥ itself, from one backward pass.
+
+    Args:
+        base: statistics at θ of completions drawn at θ, ``[N, T]``.
+        normalize: ``per_token`` or ``per_sequence``.
+        weighting: ``prefix`` or ``sequence``.
+        integrand: ``rao_blackwell`` or ``surprisal``.
+        baseline: ``[N, T]``, as for :func:`first_order_delta_entropy`.
+
+    Returns:
+        a (``logp``, nats) and b (``entropy``, a number), ``[N, T]``, float64, zero where the mask is False.
+
+    Raises:
+        ValueError: as :func:`first_order_delta_entropy`.
+    """
+    measure = Measure(normalize, weighting, integrand)
+    check_stats(base, base=base)
+    base = base.detach()
+
+    def value_along(sdot: Tensor, hdot: Tensor) -> Tensor:
+        return _first_order(measure, base, TokenStats(sdot, hdot, base.mask), baseline)[0]
+
+    standstill = torch.zeros(base.mask.shape, dtype=torch.float64, device=base.logp.device)
+    a, b = grad(value_along, argnums=(0, 1))(standstill, standstill)
+    return TokenStats(a, b, base.mask)
 
 
 def second_order_delta_entropy(
@@ -128,6 +161,19 @@ def score_return(
     # m_ij, and h_ij with it, is settled before token k = j is drawn; −s_ij is that token's own doing.
     to_go = _from_here_on(x) - x if rao_blackwell else _from_here_on(x)
     return mask * (to_go - centre * (_from_here_on(mask) - mask))
+
+
+def _first_order(
+    measure: Measure, base: TokenStats, tangent: TokenStats, baseline: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """δH₁ per unit η and its influences, ``[N]``; differentiable in the tangents."""
+    value, influence = _derivative(_path(measure, base, tangent, None))(_origin(base))
+    if baseline is None:
+        return value, influence
+    if baseline.shape != base.mask.shape:
+        raise ValueError(f"expected a baseline of shape {list(base.mask.shape)}, got {list(baseline.shape)}")
+    gain = _control_variate(measure, base, tangent, baseline.to(value))
+    return value - gain.mean(), influence - (gain - gain.mean())
 
 
 def _path(measure: Measure, base: TokenStats, tangent: TokenStats, curvature: TokenStats | None) -> Path:

@@ -17,6 +17,8 @@ from torch import Tensor
 class EntropyChange:
     """An entropy, a change of it or a derivative of it, in nats, with its error bar and the health of its weights.
 
+    Of an expected reward likewise, in the unit of the reward (:mod:`entropy_pl.estimators.reward`).
+
     Args:
         value: the estimate; a derivative is per unit η (first order) or η² (second order).
         stderr: standard error from the influences, clustered by prompt where prompts repeat.
@@ -81,14 +83,36 @@ def standard_error(influence: Tensor, clusters: Tensor | Sequence[int] | None = 
     Raises:
         ValueError: if there are fewer than two clusters, or ``clusters`` has another length.
     """
-    psi = influence.detach().double().cpu().numpy()
-    psi = np.bincount(cluster_index(clusters, len(psi)), weights=psi)
-    count = len(psi)
+    matrix, count = covariance(influence[None], clusters)
+    return float(np.sqrt(matrix[0, 0])), count
+
+
+def covariance(
+    influences: Tensor, clusters: Tensor | Sequence[int] | None = None
+) -> tuple[npt.NDArray[np.float64], int]:
+    """Covariances of asymptotically linear estimators of the same sequences, and the number of clusters behind them.
+
+    ``Cov_ab = C/(C−1) · Σ_c (Σ_{i∈c} ψ_ai) (Σ_{i∈c} ψ_bi) / N²``; the diagonal is :func:`standard_error` squared.
+
+    Args:
+        influences: ``ψ_ai``, one row per estimator, ``[K, N]``, each of mean zero.
+        clusters: prompt of each sequence, ``[N]``, any labels; None: every sequence is its own.
+
+    Returns:
+        The covariances, ``[K, K]``, and C.
+
+    Raises:
+        ValueError: as :func:`standard_error`.
+    """
+    psi = influences.detach().double().cpu().numpy()
+    index = cluster_index(clusters, psi.shape[1])
+    sums = np.stack([np.bincount(index, weights=row) for row in psi])
+    count = sums.shape[1]
     if count < 2:
         raise ValueError(
             f"expected at least 2 {'sequences' if clusters is None else 'clusters'} for an error bar, got {count}"
         )
-    return float(np.sqrt(count / (count - 1) * np.square(psi).sum()) / len(influence)), count
+    return count / (count - 1) * (sums @ sums.T) / psi.shape[1] ** 2, count
 
 
 def cluster_index(clusters: Tensor | Sequence[int] | None, count: int) -> npt.NDArray[np.intp]:
@@ -159,12 +183,7 @@ def linear_combination(
     if not terms:
         raise ValueError("expected at least one (factor, estimate) to combine, got none")
     estimates = [estimate for _, estimate in terms]
-    counts = [estimate.n_sequences for estimate in estimates]
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"expected estimates of the same sequences, got {counts} of them: influences add sequence by sequence, "
-            "so every term must come from one batch"
-        )
+    check_same_sequences(estimates)
     influence = torch.stack([factor * estimate.influence for factor, estimate in terms]).sum(0)
     value = sum(factor * estimate.value for factor, estimate in terms)
     return EntropyChange(
@@ -177,14 +196,37 @@ def linear_combination(
     )
 
 
+def check_same_sequences(estimates: Sequence[EntropyChange]) -> None:
+    """Refuse to combine estimates whose influences do not belong to the same N sequences.
+
+    Raises:
+        ValueError: naming the numbers of sequences.
+    """
+    counts = [estimate.n_sequences for estimate in estimates]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"expected estimates of the same sequences, got {counts} of them: influences add sequence by sequence, "
+            "so every term must come from one batch"
+        )
+
+
+def student_t(confidence: float, count: int) -> float:
+    """How many standard errors an interval reaches to either side: Student's t with ``count`` − 1 degrees of freedom.
+
+    Raises:
+        ValueError: if ``confidence`` is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"expected a confidence between 0 and 1, such as 0.95, got {confidence}")
+    return float(stats.t.ppf(0.5 + confidence / 2, count - 1))
+
+
 def _error_bar(
     value: float, influence: Tensor, clusters: Tensor | Sequence[int] | None, confidence: float
 ) -> dict[str, Any]:
     """The fields of an :class:`EntropyChange` that follow from its value and its influences."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"expected a confidence between 0 and 1, such as 0.95, got {confidence}")
     stderr, count = standard_error(influence, clusters)
-    margin = float(stats.t.ppf(0.5 + confidence / 2, count - 1)) * stderr
+    margin = student_t(confidence, count) * stderr
     return {
         "value": value,
         "stderr": stderr,

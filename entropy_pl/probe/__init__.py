@@ -5,23 +5,26 @@ Model passes and arithmetic are apart: :meth:`EntropyProbe.collect` scores, :met
 """
 
 from entropy_pl.probe.cost import ProbeMemory, probe_memory
-from entropy_pl.probe.engine import EntropyProbe, Precision
+from entropy_pl.probe.engine import ATTRIBUTION_PASSES, EntropyProbe
 from entropy_pl.probe.memory import PeakMemory, peak_memory
-from entropy_pl.probe.result import ProbeResult, SweepPoint, SymmetricPoint
-from entropy_pl.probe.scores import ProbeScores, prompt_clusters
+from entropy_pl.probe.result import Counterfactual, ProbeResult, SweepPoint, SymmetricPoint
+from entropy_pl.probe.scores import ProbeScores
+from entropy_pl.probe.settings import Precision, ProbeSettings
 from entropy_pl.probe.timing import timed
 
 __all__ = [
+    "ATTRIBUTION_PASSES",
+    "Counterfactual",
     "EntropyProbe",
     "PeakMemory",
     "Precision",
     "ProbeMemory",
     "ProbeResult",
     "ProbeScores",
+    "ProbeSettings",
     "SweepPoint",
     "SymmetricPoint",
     "peak_memory",
     "probe_memory",
-    "prompt_clusters",
     "timed",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from entropy_pl.estimators import EntropyChange, PowerLaw
+from entropy_pl.attribution import Attribution
+from entropy_pl.estimators import EntropyChange, PowerLaw, Ratio
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,21 +18,55 @@ class SweepPoint:
         taken: whether this is the step the optimizer really took (η = lr).
         true: ΔH(η) by self-normalized importance sampling, nats.
         first_order: δH₁(η), nats, from the same E-batch.
+        reward_true: ΔJ(η), the change of the expected reward, by the same estimator; None without rewards.
+        reward_first_order: δJ₁(η) likewise.
     """
 
     eta: float
     taken: bool
     true: EntropyChange
     first_order: EntropyChange
+    reward_true: EntropyChange | None = None
+    reward_first_order: EntropyChange | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, influences left out; no rewards, no keys for them."""
+        return {"eta": self.eta, "taken": self.taken} | _estimates(
+            true=self.true,
+            first_order=self.first_order,
+            reward_true=self.reward_true,
+            reward_first_order=self.reward_first_order,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Counterfactual:
+    """What another step of the same size, from the same θ and on the same U-batch, would have done.
+
+    Args:
+        true: ΔH after it, nats.
+        difference: of it and the step taken, from the same E-batch; None if that was not measured.
+        reward_true: ΔJ after it; None without rewards.
+        reward_difference: likewise.
+        update_norm: ‖v′‖ of its update.
+        cosine: of the angle between v′ and v; None where one is zero.
+    """
+
+    true: EntropyChange
+    difference: EntropyChange | None
+    reward_true: EntropyChange | None
+    reward_difference: EntropyChange | None
+    update_norm: float
+    cosine: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, influences left out."""
-        return {
-            "eta": self.eta,
-            "taken": self.taken,
-            "true": self.true.to_dict(),
-            "first_order": self.first_order.to_dict(),
-        }
+        return {"update_norm": self.update_norm, "cosine": self.cosine} | _estimates(
+            true=self.true,
+            difference=self.difference,
+            reward_true=self.reward_true,
+            reward_difference=self.reward_difference,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +110,10 @@ class ProbeResult:
         update_split_absent: why there are no components, in words; None where there are.
         method: how the first derivatives were made.
         difference_step: h of the central difference behind the derivatives, in η.
+        expected_reward: J(π_θ), the mean reward of E; None without rewards.
+        exchange_rate: ΔH/ΔJ of the step really taken, nats per unit of reward; None without rewards.
+        attribution: who moved the entropy; None where no U-batch was given.
+        counterfactuals: name → what another step would have done.
         seconds: wall time per phase.
         settings: the estimator's options, as given.
     """
@@ -94,6 +133,10 @@ class ProbeResult:
     update_split_absent: str | None
     method: str
     difference_step: float | None
+    expected_reward: EntropyChange | None = None
+    exchange_rate: Ratio | None = None
+    attribution: Attribution | None = None
+    counterfactuals: dict[str, Counterfactual] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -127,6 +170,14 @@ class ProbeResult:
             "update_split_absent": self.update_split_absent,
             "method": self.method,
             "difference_step": self.difference_step,
+            "expected_reward": None if self.expected_reward is None else self.expected_reward.to_dict(),
+            "exchange_rate": None if self.exchange_rate is None else self.exchange_rate.to_dict(),
+            "attribution": None if self.attribution is None else self.attribution.to_dict(),
+            "counterfactuals": {name: found.to_dict() for name, found in self.counterfactuals.items()},
             "seconds": self.seconds,
             **self.settings,
         }
+
+
+def _estimates(**estimates: EntropyChange | None) -> dict[str, Any]:
+    return {name: estimate.to_dict() for name, estimate in estimates.items() if estimate is not None}

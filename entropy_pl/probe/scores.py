@@ -8,7 +8,22 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from entropy_pl.rollout import Rollout, TokenStats
+from entropy_pl.rollout import TokenStats
+
+
+@dataclass(frozen=True, eq=False)
+class CounterfactualScores:
+    """E at the θ+ηv′ of another update v′, η the step really taken.
+
+    Args:
+        stats: ``[N, T]``.
+        update_norm: ‖v′‖.
+        cosine: of the angle between v′ and v; None where one of them is zero.
+    """
+
+    stats: TokenStats
+    update_norm: float
+    cosine: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +41,8 @@ class ProbeScores:
         method: how the first derivatives were made.
         difference_step: h of the central difference behind the derivatives, in η.
         seconds: wall time per phase.
+        rewards: of every sequence, ``[N]``; None where nobody asked for them.
+        counterfactuals: name → E after another step.
     """
 
     base: TokenStats
@@ -37,6 +54,8 @@ class ProbeScores:
     method: str
     difference_step: float | None
     seconds: dict[str, float] = field(default_factory=dict)
+    rewards: Tensor | None = None
+    counterfactuals: dict[str, CounterfactualScores] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.base)
@@ -57,6 +76,8 @@ class ProbeScores:
             self.method,
             self.difference_step,
             self.seconds,
+            None if self.rewards is None else self.rewards[rows],
+            {name: replace(c, stats=c.stats.select(rows)) for name, c in self.counterfactuals.items()},
         )
 
     def to(self, device: torch.device | str) -> ProbeScores:
@@ -69,6 +90,8 @@ class ProbeScores:
             shifted={eta: stats.to(device) for eta, stats in self.shifted.items()},
             clusters=None if self.clusters is None else self.clusters.to(device),
             features=None if self.features is None else self.features.to(device),
+            rewards=None if self.rewards is None else self.rewards.to(device),
+            counterfactuals={n: replace(c, stats=c.stats.to(device)) for n, c in self.counterfactuals.items()},
         )
 
     @staticmethod
@@ -77,6 +100,7 @@ class ProbeScores:
         first = parts[0]
         clusters = [part.clusters for part in parts if part.clusters is not None]
         features = [part.features for part in parts if part.features is not None]
+        rewards = [part.rewards for part in parts if part.rewards is not None]
         return replace(
             first,
             base=TokenStats.concatenate([part.base for part in parts]),
@@ -85,11 +109,9 @@ class ProbeScores:
             shifted={eta: TokenStats.concatenate([part.shifted[eta] for part in parts]) for eta in first.shifted},
             clusters=torch.cat(clusters) if clusters else None,
             features=torch.cat(features) if features else None,
+            rewards=torch.cat(rewards) if rewards else None,
+            counterfactuals={
+                name: replace(one, stats=TokenStats.concatenate([part.counterfactuals[name].stats for part in parts]))
+                for name, one in first.counterfactuals.items()
+            },
         )
-
-
-def prompt_clusters(rollout: Rollout) -> Tensor | None:
-    """Which sequences share a prompt, ``[N]``; None where none do."""
-    ids = rollout.prompt_ids.masked_fill(~rollout.prompt_mask, -1)
-    _, clusters = ids.unique(dim=0, return_inverse=True)
-    return clusters if int(clusters.max()) + 1 < len(rollout) else None

@@ -54,11 +54,11 @@ def delta_entropy_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     records = latest_per_step(records)
     taken = [taken_point(record) or {} for record in records]
     true, first_order = ([point.get(key) for point in taken] for key in ("true", "first_order"))
-    missing = ~np.isfinite(_column(true, "value") + _column(first_order, "value"))
+    missing = ~np.isfinite(column(true, "value") + column(first_order, "value"))
     if missing.all():
-        return _empty_figure(f"no probe has measured an entropy change yet ({len(records)} recorded)")
+        return empty_figure(f"no probe has measured an entropy change yet ({len(records)} recorded)")
     steps = np.array([record["step"] for record in records], dtype=float)
-    rewards = _column(records, "reward")
+    rewards = column(records, "reward")
     with_reward = bool(np.isfinite(rewards).any())
 
     figure = new_figure(height=5.2 if with_reward else 4.0)
@@ -72,13 +72,13 @@ def delta_entropy_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     if missing.any():
         style: dict[str, Any] = {"color": GREY, "transform": axes.get_xaxis_transform(), "clip_on": False}
         axes.plot(steps[missing], np.zeros(missing.sum()), "x", label="probed, no result", **style)
-    axes.set_ylabel(f"entropy change of the step\n[{_units(records)}]")
-    _finish(axes, "y")
-    axes.legend(title=_interval_title(records), **LEGEND)
+    axes.set_ylabel(f"entropy change of the step\n[{units_of(records)}]")
+    finish(axes, "y")
+    axes.legend(title=interval_title(records), **LEGEND)
     if with_reward:
         rows[1, 0].plot(steps, rewards, color="#333333", marker=".", linewidth=1.2)
         rows[1, 0].set_ylabel("mean reward")
-        _finish(rows[1, 0], "y")
+        finish(rows[1, 0], "y")
     rows[-1, 0].set_xlabel("optimizer step")
     rows[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if len(steps) == 1:
@@ -105,9 +105,9 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
     step = "update" if record.get("step") is None else f"optimizer step {record['step']}"
     if record.get("status", "ok") != "ok" or not sweep:
         reason = ": ".join(str(record[key]) for key in ("status", "message") if record.get(key))
-        return _empty_figure(f"{step}: no η-sweep to draw ({reason or 'no points'})")
+        return empty_figure(f"{step}: no η-sweep to draw ({reason or 'no points'})")
 
-    etas = _column(sweep, "eta")
+    etas = column(sweep, "eta")
     per_eta = bool(etas.min() > 0 and etas.max() >= WIDE * etas.min())
     figure = new_figure(height=4.2)
     axes: Axes = figure.subplots()
@@ -132,11 +132,11 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
                 eta, value, "o", markersize=13, markerfacecolor="none", markeredgecolor="black", zorder=5, label=label
             )
     axes.set_xlabel(r"step size $\eta$ along the update (learning rate)")
-    units = _units([record])
+    units = units_of([record])
     axes.set_ylabel(f"entropy change per unit $\\eta$\n[{units}]" if per_eta else f"entropy change\n[{units}]")
     axes.set_title(title, fontsize=10)
-    _finish(axes, "y" if per_eta else "both")
-    axes.legend(handles=handles, title=_interval_title([record]), **LEGEND)
+    finish(axes, "y" if per_eta else "both")
+    axes.legend(handles=handles, title=interval_title([record]), **LEGEND)
     return figure
 
 
@@ -146,7 +146,7 @@ def _measured_changes(
     """ΔH, or ΔH/η, at every η with its confidence interval."""
     true = [point.get("true") for point in sweep]
     scale = etas if per_eta else np.ones_like(etas)
-    values, low, high = (_column(true, key) / scale for key in ("value", "ci_low", "ci_high"))
+    values, low, high = (column(true, key) / scale for key in ("value", "ci_low", "ci_high"))
     style = {**TRUE_STYLE, "linestyle": "none"}
     label = r"true, $\Delta H(\eta)\,/\,\eta$" if per_eta else r"true, $\Delta H(\eta)$"
     margins = np.abs(np.stack([low, high]) - values)
@@ -180,7 +180,7 @@ def banded_curve(
     filled: bool,
 ) -> None:
     """A curve with its confidence band: a filled one, or one drawn by its two edges."""
-    values, low, high = (_column(estimates, key) for key in ("value", "ci_low", "ci_high"))
+    values, low, high = (column(estimates, key) for key in ("value", "ci_low", "ci_high"))
     every = 1 + len(steps) // 50  # markers of a long run would hide its curve
     axes.plot(steps, values, label=label, zorder=3 if filled else 4, markevery=every, **style)
     colour = style["color"]
@@ -197,17 +197,19 @@ def banded_curve(
         axes.errorbar(steps[alone], values[alone], yerr=margins, fmt="none", ecolor=colour, capsize=3 if filled else 6)
 
 
-def _column(rows: Sequence[Mapping[str, Any] | None], key: str) -> NDArray[np.float64]:
+def column(rows: Sequence[Mapping[str, Any] | None], key: str) -> NDArray[np.float64]:
+    """One number of every row, NaN where it has none."""
     return np.array([number(row, key) for row in rows])
 
 
-def _units(records: Sequence[Mapping[str, Any]]) -> str:
+def units_of(records: Sequence[Mapping[str, Any]]) -> str:
     """``nats per token`` or ``nats per sequence``, where the records agree on it."""
     found = {str(record["normalize"]) for record in records if record.get("normalize")}
     return f"nats {found.pop().replace('_', ' ')}" if len(found) == 1 else "nats"
 
 
-def _interval_title(records: Sequence[Mapping[str, Any]]) -> str:
+def interval_title(records: Sequence[Mapping[str, Any]]) -> str:
+    """``95 % confidence intervals``, where the records agree on the level."""
     found = {record["confidence"] for record in records if record.get("confidence")}
     return f"{100 * found.pop():g} % confidence intervals" if len(found) == 1 else "confidence intervals"
 
@@ -218,7 +220,7 @@ def scientific(value: float) -> str:
     return rf"${mantissa.removesuffix('.0')}\times 10^{{{int(exponent)}}}$"
 
 
-def _finish(axes: Axes, axis: Literal["both", "y"]) -> None:
+def finish(axes: Axes, axis: Literal["both", "x", "y"]) -> None:
     """Powers of ten beside the axes named, and no frame where there is no axis."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.ticklabel_format(axis=axis, style="sci", scilimits=(-2, 3), useMathText=True)
@@ -231,7 +233,8 @@ def new_figure(height: float) -> Figure:
     return figure
 
 
-def _empty_figure(text: str) -> Figure:
+def empty_figure(text: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
     figure = new_figure(height=2.0)
     text = text.replace("$", r"\$")  # a message's dollars are no mathematics; wrapping ignores `parse_math`
     figure.text(0.5, 0.5, text, ha="center", va="center", color=GREY, wrap=True)

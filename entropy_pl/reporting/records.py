@@ -10,6 +10,24 @@ that was measured has the rest:
   the point with ``"taken": true`` is the step the optimizer really made;
 * ``eta_star``, ``update_norm``, ``reward``, ``normalize``, and whatever else its writer found worth keeping.
 
+Where attribution, rewards, predictors or counterfactual losses were asked for, a record has these as well:
+
+* ``attribution``: ``first_order``, ``momentum``, ``weight_decay`` and ``gradient``, each ``{"value", "stderr",
+  "stderr_jackknife"}`` per unit η, errors over E; ``tokens``, ``{"value", "stderr_u", "stderr_u_jackknife"}``, errors
+  over the prompts of the U-batch; ``remainder``, what the tokens do not explain, ``{name: value}``; ``total``,
+  momentum, weight decay and tokens together; all per unit η. And of the tokens, in nats of the step taken, ``by_sign``,
+  ``tokens_by_sign``, ``by_decile`` and ``top_tokens`` (:meth:`.AttributedTokens.summary`);
+* ``predictors``: ``{name: {"pearson", "spearman", "sign_agreement", "step_pearson", "step_spearman", ...}}``, how well
+  each follows the attributed changes token by token, and ΔH step by step; of some with ``_stderr``, ``_ci_low`` and
+  ``_ci_high``; and ``step``, what it predicts of the step per unit η;
+* ``expected_reward``, an estimate of J; and in every point of ``sweep`` ``reward_true`` and ``reward_first_order``,
+  estimates of ΔJ(η) and of δJ₁(η), the latter already multiplied by eta;
+* ``exchange_rate``: ΔH/ΔJ of the step taken, ``{"value", "stderr", "ci_low", "ci_high", "bounded"}``, in nats per unit
+  reward; ``bounded`` false: ΔJ is not told from zero, and the interval has no bounds;
+* ``counterfactuals``: ``{loss: {"true", "difference", "reward_true", "reward_difference"}}``, estimates of ΔH and ΔJ
+  had the step been made by that loss, and of both minus those of the step taken;
+* ``absent``: which of these were asked for and are not there, and why, ``{name: reason}``.
+
 A probe within a run also has ``e_prompts`` (how many, a hash of their texts, and how many of them the run trains on),
 ``processes`` (that shared the E-batch), ``memory`` (bytes beside the run's) and ``seconds`` per phase.
 

@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from entropy_pl.reporting.components import per_step
 from entropy_pl.reporting.records import latest_per_step, number, taken_point
 
 DASH = "–"
+SIGNS = {"positive_advantage": "A > 0", "negative_advantage": "A < 0", "zero_advantage": "A = 0"}
 
 
 def probe_table(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -69,6 +72,61 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
             DASH if math.isnan(ess) else f"{ess:.0f}",
         )
     return table
+
+
+def attribution_table(record: Mapping[str, Any]) -> Group:
+    """Who moved the entropy at one step, and what other losses would have done to it and to the reward.
+
+    Args:
+        record: one probe's record.
+
+    Returns:
+        To print: a table of the step's components, their standard errors over E and over the prompts of the U-batch, in
+        nats of the step taken, with their share of δH₁; and one of the counterfactual losses, if the record has any.
+    """
+    step = "" if record.get("step") is None else f" of optimizer step {record['step']}"
+    parts = Table(
+        title=f"Who moved the entropy{step}",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        caption=None if record.get("attribution") else "no attribution recorded",
+    )
+    parts.add_column("")
+    for name in ("nats ± SE over E", "SE over U", "of δH₁"):
+        parts.add_column(name, justify="right", no_wrap=True)
+    for name, part in _parts(record):
+        whole = number(per_step(record, "first_order"), "value")
+        value, over_u = number(part, "value"), number(part, "stderr_u")
+        parts.add_row(
+            Text(name),
+            with_error(value, number(part, "stderr")),
+            DASH if math.isnan(over_u) else f"{over_u:.1e}",
+            f"{100 * value / whole:.1f} %" if whole and math.isfinite(value / whole) else DASH,
+        )
+    counterfactuals = record.get("counterfactuals") or {}
+    if not counterfactuals:
+        return Group(parts)
+    others = Table(title="Under another loss", box=box.SIMPLE_HEAD, pad_edge=False)
+    others.add_column("loss", overflow="fold")
+    for name in ("ΔH ± SE", "minus the step's", "ΔJ ± SE"):
+        others.add_column(name, justify="right", no_wrap=True)
+    taken = taken_point(record) or {}
+    for name, other in {"step taken": taken, **counterfactuals}.items():
+        estimates = [(other or {}).get(key) for key in ("true", "difference", "reward_true")]
+        others.add_row(Text(name), *(with_error(number(item, "value"), number(item, "stderr")) for item in estimates))
+    return Group(parts, others)
+
+
+def _parts(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The rows of the components' table, in nats of the step taken, as far as the record has them."""
+    attribution, eta = record.get("attribution") or {}, number(record, "lr")
+    by_sign, remainder = attribution.get("by_sign") or {}, attribution.get("remainder") or {}
+    rows = [(name.replace("_", " "), per_step(record, name)) for name in ("momentum", "weight_decay", "gradient")]
+    rows.append(("tokens", per_step(record, "tokens")))
+    rows += [(f"  of {words}", {"value": number(by_sign, key)}) for key, words in SIGNS.items()]
+    rows += [(f"remainder: {name.replace('_', ' ')}", {"value": eta * number(remainder, name)}) for name in remainder]
+    rows.append(("δH₁", per_step(record, "first_order")))
+    return [(name, part) for name, part in rows if math.isfinite(number(part, "value"))]
 
 
 def _sweep_caption(record: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -12,10 +12,14 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from entropy_pl.reporting.records import number, taken_point
+from entropy_pl.reporting.components import COMPONENTS, per_step
+from entropy_pl.reporting.records import Record, number, taken_point
 
 PREFIX = "entropy_probe/"
 ENTROPY, DELTA_H_TRUE, DELTA_H1 = f"{PREFIX}entropy", f"{PREFIX}delta_h_true", f"{PREFIX}delta_h1"
+DELTA_J_TRUE, DELTA_J1, EXCHANGE_RATE = f"{PREFIX}delta_j_true", f"{PREFIX}delta_j1", f"{PREFIX}exchange_rate"
+SIGNS = ("positive_advantage", "negative_advantage")
+AGREEMENTS = ("pearson", "spearman", "sign_agreement", "step_pearson", "step_spearman")
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
@@ -28,16 +32,22 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         ``entropy_probe/entropy``, ``entropy_probe/delta_h_true`` and ``entropy_probe/delta_h1``, each with its
         ``_ci_low`` and ``_ci_high``, in nats; ``entropy_probe/ess_fraction`` (of the sequences, in [0, 1]),
         ``entropy_probe/eta_star`` (a learning rate) and ``entropy_probe/update_norm`` (per unit learning rate). ΔH,
-        δH₁ and the ESS are at the step really taken. What is absent or not finite is left out.
+        δH₁ and the ESS are at the step really taken, as is everything that follows. Where the record has it:
+
+        * ``entropy_probe/delta_j_true`` and ``entropy_probe/delta_j1``, the change of the expected reward, and
+          ``entropy_probe/exchange_rate``, ΔH/ΔJ, in nats per unit reward, its interval only where that has bounds;
+        * ``entropy_probe/attribution/`` with ``momentum``, ``weight_decay``, ``tokens``, ``remainder`` and
+          ``first_order``, in nats, with 95 % intervals, and ``positive_advantage`` and ``negative_advantage``, the
+          tokens by sign;
+        * ``entropy_probe/predictors/<name>/`` with ``pearson``, ``spearman``, ``sign_agreement``, ``step_pearson`` and
+          ``step_spearman``, and the intervals of those that have one;
+        * ``entropy_probe/counterfactuals/<name>/delta_h`` and ``/delta_j``, under another loss.
+
+        What is absent or not finite is left out.
     """
     taken = taken_point(record) or {}
-    estimates = {
-        ENTROPY: record.get("entropy"),
-        DELTA_H_TRUE: taken.get("true"),
-        DELTA_H1: taken.get("first_order"),
-    }
-    values = {}
-    for tag, estimate in estimates.items():
+    values: dict[str, float] = {}
+    for tag, estimate in _estimates(record, taken).items():
         values[tag] = number(estimate, "value")
         values[f"{tag}_ci_low"] = number(estimate, "ci_low")
         values[f"{tag}_ci_high"] = number(estimate, "ci_high")
@@ -46,10 +56,41 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         values[f"{PREFIX}ess_fraction"] = number(taken.get("true"), "ess") / n_sequences
     values[f"{PREFIX}eta_star"] = number(record, "eta_star")
     values[f"{PREFIX}update_norm"] = number(record, "update_norm")
+    by_sign = (record.get("attribution") or {}).get("by_sign")
+    values |= {f"{PREFIX}attribution/{name}": number(by_sign, name) for name in SIGNS}
+    for name, predictor in (record.get("predictors") or {}).items():
+        for key in (f"{measure}{end}" for measure in AGREEMENTS for end in ("", "_ci_low", "_ci_high")):
+            agreement = (predictor or {}).get(key)
+            estimate = agreement if isinstance(agreement, Mapping) else {"value": agreement}
+            values[f"{PREFIX}predictors/{name}/{key}"] = number(estimate, "value")
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 
-def add_margin_charts(writer: SummaryWriter) -> None:
+def _estimates(record: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
+    """Everything with an interval, by tag."""
+    rate: Record = dict(record.get("exchange_rate") or {})
+    if not rate.get("bounded"):
+        rate = {"value": rate.get("value")}
+    estimates: dict[str, Mapping[str, Any] | None] = {
+        ENTROPY: record.get("entropy"),
+        DELTA_H_TRUE: taken.get("true"),
+        DELTA_H1: taken.get("first_order"),
+        DELTA_J_TRUE: taken.get("reward_true"),
+        DELTA_J1: taken.get("reward_first_order"),
+        EXCHANGE_RATE: rate,
+    }
+    estimates |= {f"{PREFIX}attribution/{name}": per_step(record, name) for name in (*COMPONENTS, "first_order")}
+    for name, counterfactual in (record.get("counterfactuals") or {}).items():
+        estimates[_counterfactual(name)] = (counterfactual or {}).get("true")
+        estimates[f"{PREFIX}counterfactuals/{name}/delta_j"] = (counterfactual or {}).get("reward_true")
+    return estimates
+
+
+def _counterfactual(name: str) -> str:
+    return f"{PREFIX}counterfactuals/{name}/delta_h"
+
+
+def add_margin_charts(writer: SummaryWriter, *, reward: bool = False, counterfactuals: Sequence[str] = ()) -> None:
     """Lay out TensorBoard's *Custom Scalars* page: ΔH and δH₁ with their margins on one chart, H on another.
 
     Call it once per run folder; a resumed run may call it again (TensorBoard merges equal charts). All curves of
@@ -57,11 +98,18 @@ def add_margin_charts(writer: SummaryWriter) -> None:
 
     Args:
         writer: the run's writer; the layout goes to the same event files as its scalars.
+        reward: whether ΔJ and δJ₁ have a chart as well.
+        counterfactuals: names of the losses whose ΔH has a chart, beside the step taken.
     """
     charts = [  # TensorBoard 2.21 shows the last one first
         _margin_chart("Entropy H before the step, nats", ENTROPY),
         _margin_chart("ΔH (true) and δH₁ (first order), nats", DELTA_H_TRUE, DELTA_H1),
     ]
+    if counterfactuals:
+        others = [_counterfactual(name) for name in counterfactuals]
+        charts.insert(0, _margin_chart("ΔH of the step taken and under other losses, nats", DELTA_H_TRUE, *others))
+    if reward:
+        charts.insert(0, _margin_chart("ΔJ (true) and δJ₁ (first order), reward", DELTA_J_TRUE, DELTA_J1))
     layout = layout_pb2.Layout(category=[layout_pb2.Category(title="Entropy probe", chart=charts)])
     # Written by hand because `writer.add_custom_scalars` takes one series per margin chart only, and the plugin's own
     # `summary.pb` imports TensorFlow.

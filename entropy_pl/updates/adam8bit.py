@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entropy_pl.updates.adamw import AdamMoments, AdamSettings, Split, Splitter, next_moments, split_step
+from entropy_pl.updates.adamw import AdamMoments, AdamSettings, next_moments, split_step
+from entropy_pl.updates.split import NextSplitter, Split, Splitter, watched
 from entropy_pl.updates.steps import is_of
 
 BLOCK_SIZES = (256, 2048)  # bitsandbytes' own, and what it was before version 0.44
@@ -85,20 +86,23 @@ def is_bitsandbytes_adam(optimizer: object) -> bool:
     return is_of(optimizer, ("bitsandbytes",)) and getattr(optimizer, "optimizer_name", None) == "adam"
 
 
-def keep_moments(optimizer: Any, names: Mapping[int, str]) -> dict[str, QuantizedMoments]:
+def keep_moments(
+    optimizer: Any, names: Mapping[int, str], *, all_widths: bool = False
+) -> dict[str, QuantizedMoments | AdamMoments]:
     """Copies of the 8-bit moments, by parameter name: 2 bytes a number, and 8 a block.
 
-    Not there are parameters that have no moments yet and those whose moments are of 32 bits.
+    Not there are parameters that have no moments yet, those whose 8-bit moments are not in blocks, and, but for
+    ``all_widths``, those whose moments are of 32 bits.
     """
-    kept = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            if id(parameter) in names and state and _blockwise(state):
-                moments = QuantizedMoments(
-                    float(state["step"]), BlockQuantized.of(state, 1), BlockQuantized.of(state, 2)
-                )
-                kept[names[id(parameter)]] = moments
+    kept: dict[str, QuantizedMoments | AdamMoments] = {}
+    for name, parameter, _ in watched(optimizer, names):
+        state = optimizer.state.get(parameter)
+        if state and _blockwise(state):
+            kept[name] = QuantizedMoments(
+                float(state["step"]), BlockQuantized.of(state, 1), BlockQuantized.of(state, 2)
+            )
+        elif all_widths and state and not _is_quantized(state):
+            kept[name] = _wide(state).copy()
     return kept
 
 
@@ -123,7 +127,7 @@ def why_no_split(optimizer: Any, names: Mapping[int, str]) -> str | None:
 
 
 def bitsandbytes_splits(
-    optimizer: Any, names: Mapping[int, str], lr_ref: float, kept: Mapping[str, QuantizedMoments]
+    optimizer: Any, names: Mapping[int, str], lr_ref: float, kept: Mapping[str, QuantizedMoments | AdamMoments]
 ) -> dict[str, Splitter]:
     """As :func:`~entropy_pl.updates.adamw.adam_splits`, for the Adam family of bitsandbytes.
 
@@ -140,26 +144,62 @@ def bitsandbytes_splits(
             continue
         settings = AdamSettings.of(config, decoupled=True)
         state = optimizer.state.get(parameter)
-        gradient = None if parameter.grad is None else parameter.grad.detach()
-        after = None
-        if state and not _is_quantized(state):
-            after = AdamMoments(float(state["step"]), state["state1"], state["state2"])
-        decay_last = parameter.device.type == "cuda"
         splits[name] = partial(
             split_bitsandbytes_step,
             settings,
             kept.get(name),
-            after,
-            gradient,
+            _wide(state) if state and not _is_quantized(state) else None,
+            None if parameter.grad is None else parameter.grad.detach(),
             scale=settings.lr / lr_ref,
-            decay_last=decay_last,
+            decay_last=_decay_last(parameter),
         )
     return splits
 
 
+def bitsandbytes_next_splits(
+    optimizer: Any, names: Mapping[int, str], lr_ref: float, kept: Mapping[str, QuantizedMoments | AdamMoments]
+) -> dict[str, NextSplitter]:
+    """As :func:`~entropy_pl.updates.adamw.adam_next_splits`, for the Adam family of bitsandbytes.
+
+    Args:
+        optimizer: right after its step.
+        names: ``id(parameter)`` → name.
+        lr_ref: the reference learning rate, > 0.
+        kept: :func:`keep_moments` of all widths, from before the step.
+    """
+    splits: dict[str, NextSplitter] = {}
+    for parameter, config in _configs(optimizer):
+        name = names.get(id(parameter))
+        if name is not None:
+            settings = AdamSettings.of(config, decoupled=True)
+            splits[name] = partial(
+                _split_next_step,
+                settings,
+                kept.get(name),
+                scale=settings.lr / lr_ref,
+                decay_last=_decay_last(parameter),
+            )
+    return splits
+
+
+def _split_next_step(
+    settings: AdamSettings,
+    before: QuantizedMoments | AdamMoments | None,
+    gradient: Tensor | None,
+    theta: Tensor,
+    *,
+    scale: float,
+    decay_last: bool,
+    momentum: bool,
+) -> Split:
+    if not momentum:
+        settings = settings.without_momentum()
+    return split_bitsandbytes_step(settings, before, None, gradient, theta, scale=scale, decay_last=decay_last)
+
+
 def split_bitsandbytes_step(
     settings: AdamSettings,
-    before: QuantizedMoments | None,
+    before: QuantizedMoments | AdamMoments | None,
     after: AdamMoments | None,
     gradient: Tensor | None,
     theta: Tensor,
@@ -171,8 +211,9 @@ def split_bitsandbytes_step(
 
     Args:
         settings: of the parameter.
-        before: 8-bit moments before the step; None where they are not of 8 bits, or before the first step.
-        after: 32-bit moments after the step; None where they are not of 32 bits.
+        before: moments before the step, of either width; None before the first step. Not looked at if there is
+            ``after``.
+        after: 32-bit moments after the step; None where they are not of 32 bits, or no step was taken.
         gradient: as the optimizer saw it, or None.
         theta: θ before the step.
         scale: lr_g/lr_ref.
@@ -185,7 +226,7 @@ def split_bitsandbytes_step(
         widened = None if before is None else before.values(theta.device)
         after = next_moments(settings, widened, gradient, theta)
     elif after is not None:  # paged ones lie elsewhere
-        after = AdamMoments(after.step, after.exp_avg.to(theta.device), after.exp_avg_sq.to(theta.device))
+        after = after.values(theta.device)
     parts, preconditioner = split_step(settings, after, gradient, theta, scale)
     if not decay_last:
         return parts, preconditioner
@@ -199,6 +240,15 @@ def _configs(optimizer: Any) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
     for i, group in enumerate(optimizer.param_groups):
         for k, parameter in enumerate(group["params"]):
             yield parameter, optimizer.get_config(i, k, group)
+
+
+def _decay_last(parameter: Tensor) -> bool:
+    return parameter.device.type == "cuda"
+
+
+def _wide(state: Mapping[str, Any]) -> AdamMoments:
+    """32-bit moments, which may lie on another device than the parameter (paged ones)."""
+    return AdamMoments(float(state["step"]), state["state1"], state["state2"])
 
 
 def _is_quantized(state: Mapping[str, Any]) -> bool:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-COMPONENTS = ("momentum", "gradient", "weight_decay")
-# One parameter's components, in that order, and its preconditioner.
-Split = tuple[list[Tensor], Tensor]
-# From one parameter's θ before the step to its split.
-Splitter = Callable[[Tensor], Split]
+from entropy_pl.updates.split import NextSplitter, Split, Splitter, no_movement, watched
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,10 @@ class AdamSettings:
         gradient = self.sign * gradient
         return gradient if self.decoupled_weight_decay else gradient + self.weight_decay * theta
 
+    def without_momentum(self) -> AdamSettings:
+        """With β₁ = 0: a step along the gradient alone, sized by the second moment as before."""
+        return replace(self, betas=(0.0, self.betas[1]))
+
 
 @dataclass(frozen=True, eq=False)
 class AdamMoments:
@@ -74,6 +74,28 @@ class AdamMoments:
     def of(cls, state: Mapping[str, Any]) -> AdamMoments:
         """Read one parameter's entry in an optimizer's state; ``step`` may be a number or a tensor."""
         return cls(float(state["step"]), state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq"))
+
+    def copy(self) -> AdamMoments:
+        """Of the tensors."""
+        largest = self.max_exp_avg_sq
+        return AdamMoments(
+            self.step, self.exp_avg.clone(), self.exp_avg_sq.clone(), None if largest is None else largest.clone()
+        )
+
+    def values(self, device: torch.device) -> AdamMoments:
+        """On that device."""
+        largest = self.max_exp_avg_sq
+        return AdamMoments(
+            self.step,
+            self.exp_avg.to(device),
+            self.exp_avg_sq.to(device),
+            None if largest is None else largest.to(device),
+        )
+
+    def bytes(self) -> int:
+        """Of the tensors."""
+        largest = self.max_exp_avg_sq
+        return self.exp_avg.nbytes + self.exp_avg_sq.nbytes + (0 if largest is None else largest.nbytes)
 
 
 def is_adam_like(optimizer: object) -> bool:
@@ -96,17 +118,44 @@ def adam_splits(optimizer: torch.optim.Optimizer, names: Mapping[int, str], lr_r
         By name, over the parameters in ``names``, in the optimizer's order.
     """
     splits: dict[str, Splitter] = {}
-    for group in optimizer.param_groups:
-        settings = AdamSettings.of(group, decoupled=isinstance(optimizer, torch.optim.AdamW))
-        for parameter in group["params"]:
-            name = names.get(id(parameter))
-            if name is None:
-                continue
-            state = optimizer.state.get(parameter)
-            moments = AdamMoments.of(state) if state else None
-            gradient = None if parameter.grad is None else parameter.grad.detach()
-            splits[name] = partial(split_step, settings, moments, gradient, scale=settings.lr / lr_ref)
+    for name, parameter, group in watched(optimizer, names):
+        settings = _settings(optimizer, group)
+        state = optimizer.state.get(parameter)
+        moments = AdamMoments.of(state) if state else None
+        gradient = None if parameter.grad is None else parameter.grad.detach()
+        splits[name] = partial(split_step, settings, moments, gradient, scale=settings.lr / lr_ref)
     return splits
+
+
+def keep_moments(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, AdamMoments]:
+    """Copies of the moments by parameter name, of those that have some."""
+    return {
+        name: AdamMoments.of(state).copy()
+        for name, parameter, _ in watched(optimizer, names)
+        if (state := optimizer.state.get(parameter))
+    }
+
+
+def adam_next_splits(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], lr_ref: float, kept: Mapping[str, AdamMoments]
+) -> dict[str, NextSplitter]:
+    """How another gradient's step would split, at the hyper-parameters of now.
+
+    Args:
+        optimizer: Adam or AdamW.
+        names: ``id(parameter)`` → name.
+        lr_ref: the reference learning rate, > 0.
+        kept: :func:`keep_moments` from before the step.
+    """
+    splits: dict[str, NextSplitter] = {}
+    for name, _, group in watched(optimizer, names):
+        settings = _settings(optimizer, group)
+        splits[name] = partial(split_next_step, settings, kept.get(name), scale=settings.lr / lr_ref)
+    return splits
+
+
+def _settings(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> AdamSettings:
+    return AdamSettings.of(group, decoupled=isinstance(optimizer, torch.optim.AdamW))
 
 
 def next_moments(settings: AdamSettings, moments: AdamMoments | None, gradient: Tensor, theta: Tensor) -> AdamMoments:
@@ -155,11 +204,10 @@ def split_step(
 
     Returns:
         The components in the order of ``COMPONENTS`` and the preconditioner P = (1−β₁)/((1−β₁ᵗ) D) · lr_g/lr_ref, all
-        float64 of θ's shape.
+        float64 of θ's shape. Under ``maximize`` P is negative: the gradient component is −P∘g there too.
     """
     if gradient is None or moments is None:
-        zero = torch.zeros_like(theta, dtype=torch.float64)
-        return [zero] * len(COMPONENTS), zero
+        return no_movement(theta)
     gradient, theta = gradient.double(), theta.double()
     (beta1, beta2), step = settings.betas, moments.step
     second = moments.max_exp_avg_sq if settings.amsgrad else moments.exp_avg_sq
@@ -174,14 +222,31 @@ def split_step(
     decay = settings.weight_decay * theta
     del theta
     decay = decay.mul_(-scale) if settings.decoupled_weight_decay else decay.mul_(preconditioner).neg_()
-    return [momentum, (settings.sign * gradient).mul_(preconditioner).neg_(), decay], preconditioner
+    preconditioner.mul_(settings.sign)  # now that momentum and decay have it without
+    return [momentum, (gradient * preconditioner).neg_(), decay], preconditioner
 
 
-def by_part(splits: Mapping[str, Split]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Gather the parameters' splits.
+def split_next_step(
+    settings: AdamSettings,
+    moments: AdamMoments | None,
+    gradient: Tensor | None,
+    theta: Tensor,
+    scale: float,
+    *,
+    momentum: bool = True,
+) -> Split:
+    """As :func:`split_step`, of a step not taken: from the moments before it.
 
-    Returns:
-        ``{"momentum", "gradient", "weight_decay"}`` and the preconditioner, each by parameter name.
+    Args:
+        settings: of the parameter's group.
+        moments: before the step; None before the first.
+        gradient: as the optimizer would see it; None: the parameter does not move.
+        theta: θ before the step.
+        scale: lr_g/lr_ref.
+        momentum: False for the step at β₁ = 0, from the same second moment.
     """
-    components = {part: {name: parts[i] for name, (parts, _) in splits.items()} for i, part in enumerate(COMPONENTS)}
-    return components, {name: preconditioner for name, (_, preconditioner) in splits.items()}
+    if gradient is None:
+        return no_movement(theta)
+    if not momentum:
+        settings = settings.without_momentum()
+    return split_step(settings, next_moments(settings, moments, gradient, theta), gradient, theta, scale)

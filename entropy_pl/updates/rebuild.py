@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from entropy_pl.updates.adamw import AdamSettings, by_part, next_moments, split_step
+from entropy_pl.updates.adamw import AdamSettings, split_next_step
 from entropy_pl.updates.optimizer_state import MatchedState
+from entropy_pl.updates.split import check_gradient, update_of
 from entropy_pl.updates.vector import UpdateVector
 
 
@@ -46,15 +47,11 @@ def rebuild_update(
     splits = {}
     for group, scale in zip(state.groups, scales, strict=True):
         for name, moments in group.moments.items():
-            theta, gradient, after = parameters[name].detach(), gradients[name], None
+            theta, gradient = parameters[name].detach(), gradients[name]
             if gradient is not None:
                 gradient = gradient.to(theta.device, torch.float64)
-                after = next_moments(group.settings, moments, gradient, theta)
-            splits[name] = split_step(group.settings, after, gradient, theta, scale)
-    components, preconditioner = by_part({name: splits[name] for name in parameters})
-    momentum, gradient_part, weight_decay = components.values()
-    direction = {name: momentum[name] + gradient_part[name] + weight_decay[name] for name in parameters}
-    return UpdateVector(direction, lr_ref, components, preconditioner)
+            splits[name] = split_next_step(group.settings, moments, gradient, theta, scale)
+    return update_of({name: splits[name] for name in parameters}, lr_ref)
 
 
 @torch.no_grad()
@@ -97,16 +94,8 @@ def _check(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor | No
                 "gradient of a parameter that had none)"
             )
     for name, gradient in gradients.items():
-        if gradient is None:
-            continue
-        if gradient.shape != parameters[name].shape:
-            expected, got = list(parameters[name].shape), list(gradient.shape)
-            raise ValueError(f"expected the gradient of {name} of shape {expected}, got {got}: take it from this model")
-        if not gradient.isfinite().all():
-            raise ValueError(
-                f"expected a finite gradient, got {int((~gradient.isfinite()).sum())} numbers in {name} that are not: "
-                "no optimizer step follows from it; look at the loss"
-            )
+        if gradient is not None:
+            check_gradient(name, gradient, parameters[name])
 
 
 def _learning_rates(groups: Sequence[AdamSettings], lr: float | None) -> tuple[float, list[float]]:

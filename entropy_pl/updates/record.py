@@ -4,30 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from entropy_pl.updates.adam8bit import (
-    QuantizedMoments,
-    bitsandbytes_splits,
-    is_bitsandbytes_adam,
-    keep_moments,
-    why_no_split,
-)
-from entropy_pl.updates.adamw import COMPONENTS, Splitter, adam_splits, by_part, is_adam_like
+from entropy_pl.updates.change import Change, Splits, kept_update, lazy_update
 from entropy_pl.updates.displace import parameters_set_to
+from entropy_pl.updates.family import Moments, family_of
+from entropy_pl.updates.split import NextSplitter, check_gradient, update_of
 from entropy_pl.updates.steps import Stepping, inner_optimizer, was_skipped, watch_steps
-from entropy_pl.updates.vector import LazyComponents, LazyDirection, UpdateVector
+from entropy_pl.updates.vector import UpdateVector
 
 
 class UpdateRecorder:
     """Reads one optimizer step as an :class:`UpdateVector`, whatever optimizer, clipping or schedule made it.
 
     Call :meth:`snapshot` before the step and :meth:`read` after it, before gradients are cleared and before a
-    scheduler moves the learning rate; :func:`record_update` does both.
+    scheduler moves the learning rate; :func:`record_update` does both. Then :meth:`step_with` tells the step that
+    another gradient would have made.
 
     Args:
         model: whose parameters are watched, under their ``named_parameters`` names.
@@ -50,7 +45,11 @@ class UpdateRecorder:
                 "got none: pass the parameters with requires_grad=True to the optimizer, of this very model object"
             )
         self._before: dict[str, Tensor] | None = None
-        self._moments: dict[str, QuantizedMoments] = {}
+        self._family = family_of(self._optimizer)
+        self._moments: Mapping[str, Moments] = {}
+        self._all_moments = False
+        self._no_split: str | None = None
+        self._next_splits: Mapping[str, NextSplitter] = {}
         self._update: UpdateVector | None = None
 
     @property
@@ -64,19 +63,26 @@ class UpdateRecorder:
             raise RuntimeError("no step has been read yet: call snapshot() before optimizer.step() and read() after")
         return self._update
 
-    def snapshot(self) -> None:
-        """Keep a copy of θ, and of the moments where the optimizer has them in 8 bits."""
+    def snapshot(self, moments: bool = False) -> None:
+        """Keep a copy of θ, and what is needed to split the step: 8-bit moments, and who had a momentum buffer.
+
+        Args:
+            moments: keep copies of all moments of the parameters watched, for :meth:`step_with`. An optimizer whose
+                step cannot be split has none to keep.
+        """
         self._before = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._moments = keep_moments(self._optimizer, self._names()) if is_bitsandbytes_adam(self._optimizer) else {}
+        self._moments = self._family.keep(self._optimizer, self._names(), moments)
+        self._all_moments = moments
+        self._next_splits = {}
         self._update = None
 
     def bytes(self) -> int:
-        """Bytes of the snapshot: θ in its own dtype, and 8-bit moments (2 a number). 0 without a snapshot."""
+        """Bytes of the snapshot: θ and the moments kept, in their own dtypes. 0 without a snapshot."""
         theta = sum(value.nbytes for value in (self._before or {}).values())
         return theta + sum(moments.bytes() for moments in self._moments.values())
 
     def read(self, keep: bool = True) -> UpdateVector:
-        """Take Δθ/lr_ref in float64, and the components where the optimizer is Adam-like.
+        """Take Δθ/lr_ref in float64, and the components where the optimizer is of Adam's family or torch's SGD.
 
         No movement (a skipped step, a learning rate of zero) gives a direction of zeros. An optimizer without a
         learning rate (Adafactor's own schedule) counts as one of rate 1.
@@ -104,11 +110,62 @@ class UpdateRecorder:
         moved = any(not torch.equal(after[name], before[name]) for name in after)
         if moved and lr <= 0:
             raise ValueError(f"expected a learning rate > 0 behind a step that moved the parameters, got {lr}")
-        change = _Change(before, after, {n: tensor._version for n, tensor in after.items()}, lr if moved else None)
-        absent = self._why_no_split() if moved else "the step moved no parameter"
-        splits = None if absent else _Splits(before, self._splitters(lr))
-        self._update = _kept(change, splits, lr, absent) if keep else _lazy(change, splits, lr, absent)
+        change = Change(before, after, {n: tensor._version for n, tensor in after.items()}, lr if moved else None)
+        family, optimizer = self._family, self._optimizer
+        self._no_split = family.why_no_split(optimizer, names)
+        absent = self._no_split if moved else "the step moved no parameter"
+        splits = None if absent else Splits(before, family.splits(optimizer, names, lr, self._moments, before))
+        if self._all_moments and lr > 0 and not self._no_split:
+            # Now: a scheduler may move the learning rate.
+            self._next_splits = family.next_splits(optimizer, names, lr, self._moments)
+        self._update = (kept_update if keep else lazy_update)(change, splits, lr, absent)
         return self._update
+
+    @torch.no_grad()
+    def step_with(self, gradients: Mapping[str, Tensor | None], *, momentum: bool = True) -> UpdateVector:
+        """The update that the optimizer would have made with other gradients, from θ and the moments of before.
+
+        At the hyper-parameters and learning rates of the step read last, in float64; optimizer and model are not
+        touched. After :meth:`read`, until the next :meth:`snapshot` or :meth:`forget`; also of a step that was left
+        out, as a gradient scaler does. The gradients of the step itself give back the update recorded, but for the
+        rounding of θ and what a wrapper of the optimizer did besides.
+
+        Args:
+            gradients: parameter name → g of θ's shape, as the optimizer would see it: summed, unscaled, clipped
+                (:func:`~entropy_pl.updates.rebuild.clip_gradients`). A parameter that is not among them, or with None,
+                has no gradient and does not move.
+            momentum: False for the same step without memory of direction: β₁ = 0 (the second moment and its bias
+                correction stay as they are), of SGD a momentum of 0.
+
+        Returns:
+            With components and preconditioner, held, on the devices of θ; ``direction`` is the sum of ``components``.
+
+        Raises:
+            RuntimeError: before :meth:`read`, or without ``snapshot(moments=True)``.
+            ValueError: if the optimizer's step cannot be split, its learning rate was zero, a name is not that of a
+                parameter watched, or a gradient is of another shape or not finite.
+        """
+        before, lr = self._snapshot(), self.update.lr
+        if self._no_split:
+            raise ValueError(f"expected an optimizer whose step can be taken apart, got another: {self._no_split}")
+        if not self._all_moments:
+            raise RuntimeError("the moments of before the step were not kept: call snapshot(moments=True)")
+        if lr <= 0:
+            raise ValueError(f"expected a step at a learning rate > 0, got {lr}: there is no step per unit of it")
+        unknown = sorted(gradients.keys() - before.keys())
+        if unknown:
+            raise ValueError(
+                f"expected gradients of parameters that the optimizer trains, got {unknown[:3]} ({len(unknown)} "
+                "unknown): name them as model.named_parameters() does, and leave frozen ones out"
+            )
+        splits = {}
+        for name, theta in before.items():
+            gradient = gradients.get(name)
+            if gradient is not None:
+                check_gradient(name, gradient, theta)
+                gradient = gradient.to(theta.device, torch.float64)
+            splits[name] = self._next_splits[name](gradient, theta, momentum=momentum)
+        return update_of(splits, lr)
 
     @property
     def theta_before(self) -> Mapping[str, Tensor]:
@@ -127,6 +184,7 @@ class UpdateRecorder:
         """Free the snapshot."""
         self._before = None
         self._moments = {}
+        self._next_splits = {}
 
     def _snapshot(self) -> dict[str, Tensor]:
         if self._before is None:
@@ -136,86 +194,14 @@ class UpdateRecorder:
     def _names(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in self._parameters.items()}
 
-    def _why_no_split(self) -> str | None:
-        if is_adam_like(self._optimizer):
-            return None
-        if is_bitsandbytes_adam(self._optimizer):
-            return why_no_split(self._optimizer, self._names())
-        return (
-            f"{type(self._optimizer).__name__} is not of Adam's family: its step has no momentum, gradient and "
-            "weight-decay parts here"
-        )
-
-    def _splitters(self, lr: float) -> dict[str, Splitter]:
-        if isinstance(self._optimizer, torch.optim.Optimizer) and is_adam_like(self._optimizer):
-            return adam_splits(self._optimizer, self._names(), lr)
-        return bitsandbytes_splits(self._optimizer, self._names(), lr, self._moments)
-
 
 def _rate(group: Mapping[str, Any]) -> float:
     rate = group.get("lr")
     return 1.0 if rate is None else float(rate)
 
 
-@dataclass(frozen=True, eq=False)
-class _Change:
-    """A parameter's Δθ/lr_ref, computed when called.
-
-    Args:
-        before: θ before the step.
-        after: aliases of the parameters' storage, not of the parameters, whose ``data`` may be exchanged.
-        versions: of ``after``, counted up by most of what writes to it (not through ``.data``).
-        lr: lr_ref; None where nothing moved.
-    """
-
-    before: Mapping[str, Tensor]
-    after: Mapping[str, Tensor]
-    versions: Mapping[str, int]
-    lr: float | None
-
-    def __call__(self, name: str) -> Tensor:
-        after = self.after[name]
-        if after._version != self.versions[name]:
-            raise RuntimeError(
-                f"expected the parameters as the step left them, got {name} changed since: use the update before the "
-                "next step, or read(keep=True)"
-            )
-        change = after.double() - self.before[name].double()
-        return change if self.lr is None else change / self.lr
-
-
-@dataclass(frozen=True, eq=False)
-class _Splits:
-    """Every parameter's split, computed when asked for."""
-
-    before: Mapping[str, Tensor]
-    splitters: Mapping[str, Splitter]
-
-    def parts(self, name: str) -> dict[str, Tensor]:
-        return dict(zip(COMPONENTS, self.splitters[name](self.before[name])[0], strict=True))
-
-    def preconditioner(self, name: str) -> Tensor:
-        return self.splitters[name](self.before[name])[1]
-
-
-def _kept(change: _Change, splits: _Splits | None, lr: float, absent: str | None) -> UpdateVector:
-    direction = {name: change(name) for name in change.after}
-    if splits is None:
-        return UpdateVector(direction, lr, split_absent=absent)
-    by_name = {name: split(splits.before[name]) for name, split in splits.splitters.items()}
-    return UpdateVector(direction, lr, *by_part(by_name))
-
-
-def _lazy(change: _Change, splits: _Splits | None, lr: float, absent: str | None) -> UpdateVector:
-    direction = LazyDirection(change.after, change)
-    if splits is None:
-        return UpdateVector(direction, lr, split_absent=absent)
-    components = LazyComponents(COMPONENTS, splits.splitters, splits.parts)
-    return UpdateVector(direction, lr, components, LazyDirection(splits.splitters, splits.preconditioner))
-
-
 @contextmanager
-def record_update(model: nn.Module, optimizer: Stepping) -> Iterator[UpdateRecorder]:
+def record_update(model: nn.Module, optimizer: Stepping, *, moments: bool = False) -> Iterator[UpdateRecorder]:
     """Record the optimizer step taken inside the block.
 
     The step is read the moment it ends, so that a scheduler or ``zero_grad`` in the same block does no harm. A block
@@ -225,6 +211,7 @@ def record_update(model: nn.Module, optimizer: Stepping) -> Iterator[UpdateRecor
         model: the policy.
         optimizer: whose ``step()`` is called in the block, torch's or not; a wrapper of it serves as well
             (:func:`~entropy_pl.updates.steps.watch_steps`).
+        moments: keep the moments of before the step too, for :meth:`UpdateRecorder.step_with`.
 
     Raises:
         TypeError: if there is no ``step()`` or no ``param_groups``.
@@ -241,7 +228,7 @@ def record_update(model: nn.Module, optimizer: Stepping) -> Iterator[UpdateRecor
         (0.1, tensor([-1.], dtype=torch.float64))
     """
     recorder = UpdateRecorder(model, optimizer)
-    recorder.snapshot()
+    recorder.snapshot(moments)
     steps = 0
 
     def after_step() -> None:

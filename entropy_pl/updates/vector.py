@@ -86,8 +86,9 @@ class UpdateVector:
         direction: parameter name → Δθ/lr_ref, float64, of the parameter's shape.
         lr: lr_ref, the largest learning rate among the trainable groups: η = lr is the step really taken.
         components: ``momentum``, ``gradient`` and ``weight_decay``, each a direction; together they are ``direction``
-            to rounding (:meth:`gap`). None where the optimizer is not Adam-like.
-        preconditioner: P per parameter: the gradient component is −P∘g. None where there are no components.
+            to rounding (:meth:`gap`). None where the optimizer is neither of Adam's family nor torch's SGD.
+        preconditioner: P per parameter: the gradient component is −P∘g, with g as in ``parameter.grad``; so P is
+            negative under ``maximize``. None where there are no components.
         split_absent: why there are no components, in words. None where there are some, or nobody asked for them.
 
     Any of the directions may be lazy (:class:`LazyDirection`): then a tensor is new at every access. ``norm``, ``dot``,
@@ -121,6 +122,19 @@ class UpdateVector:
         same = other.direction is self.direction  # a lazy one is computed once
         return sum(_dot(value, value if same else other.direction[name]) for name, value in self.direction.items())
 
+    def along(self, gradient: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:
+        """⟨∇f, v⟩ and the same of every component, for a gradient by parameter name; no components, no parts.
+
+        Raises:
+            KeyError: if the gradient lacks a parameter of the direction.
+        """
+        whole = math.fsum(_dot(value, gradient[name].to(value.device)) for name, value in self.direction.items())
+        sums: dict[str, list[float]] = {part: [] for part in self.components or ()}
+        for name in self.direction if self.components is not None else ():
+            for part, value in self.parts(name).items():
+                sums[part].append(_dot(value, gradient[name].to(value.device)))
+        return whole, {part: math.fsum(numbers) for part, numbers in sums.items()}
+
     def scaled(self, factor: float) -> UpdateVector:
         """The direction and its components times a number; lr stays."""
         return replace(
@@ -136,7 +150,7 @@ class UpdateVector:
             return None
         rest, whole = [], []
         for name, value in self.direction.items():
-            unexplained = value - sum(self._parts(name).values())
+            unexplained = value - sum(self.parts(name).values())
             rest.append(_dot(unexplained, unexplained))
             whole.append(_dot(value, value))
         return math.sqrt(sum(rest)) / max(math.sqrt(sum(whole)), torch.finfo(torch.float64).tiny)
@@ -147,12 +161,12 @@ class UpdateVector:
             return None
         squares: dict[str, list[float]] = {part: [] for part in self.components}
         for name in dict.fromkeys(name for part in self.components.values() for name in part):
-            for part, value in self._parts(name).items():
+            for part, value in self.parts(name).items():
                 squares[part].append(_dot(value, value))
         return {part: math.sqrt(sum(numbers)) for part, numbers in squares.items()}
 
-    def _parts(self, name: str) -> dict[str, Tensor]:
-        """One parameter's components."""
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """One parameter's components, those it has a part in; a lazy split is made once for all of them."""
         assert self.components is not None
         if isinstance(self.components, LazyComponents):
             return self.components.of(name)

@@ -453,15 +453,15 @@ def test_a_compiled_module(tmp_path):
     assert callback.records[1]["sweep"][0]["true"] == plain.records[1]["sweep"][0]["true"]
 
 
-def test_sgd_has_no_split_and_the_record_says_so(tmp_path):
+def test_an_optimizer_without_a_split_and_the_record_says_so(tmp_path):
     class Plain(ForeignModule):
         def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([p for p in self.policy.parameters() if p.requires_grad], lr=LR)
+            return torch.optim.RMSprop([p for p in self.policy.parameters() if p.requires_grad], lr=LR)
 
     callback = probe(every_n_steps=5)
     fit(Plain(), tmp_path, callback)
     assert callback.records[0]["update_components"] is None
-    assert callback.records[0]["update_split_absent"].startswith("SGD is not of Adam's family")
+    assert callback.records[0]["update_split_absent"].startswith("RMSprop is not of Adam's family and not torch's SGD")
 
 
 def test_a_fused_step_that_suppresses_itself_is_recorded_as_skipped(tmp_path):

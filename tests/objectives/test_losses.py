@@ -103,6 +103,50 @@ def test_kl():
     assert measured_only.loss.item() == pytest.approx((-2.6 + 0.8 + 1.0 + 1.1) / 4, abs=1e-9)
 
 
+# The tokens' losses −2.6, and 0.8, 1, 1.1; the second token of the second completion is chosen; |log ρ| of it is ln 2
+CHOSEN = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 1]], dtype=torch.bool)
+ENTROPY = torch.tensor([[0.3, 7.0, 7.0, 7.0], [1.5, 0.25, 2.0, 7.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "clipped"),
+    [
+        ({"entropy_coefficient": 0.1}, -2.6 + 0.8 + 1.0 + 1.1 - 0.1 * (0.3 + 1.5 + 0.25 + 2.0), (1, 1)),
+        ({"advantage_sign": "positive"}, -2.6, (0, 1)),
+        ({"advantage_sign": "negative"}, 0.8 + 1.0 + 1.1, (1, 0)),
+        ({"clip_cov_fraction": 0.1}, -2.6 + 1.0 + 1.1, (0, 1)),
+        ({"kl_cov_fraction": 0.1, "kl_cov_coefficient": 3.0}, -2.6 + 0.5 + 3 * math.log(2) + 1.0 + 1.1, (0, 1)),
+        # a token that is not taught pays its price all the same
+        ({"kl_cov_fraction": 0.1, "advantage_sign": "positive"}, -2.6 + math.log(2), (0, 1)),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_options_by_hand(options, expected, clipped):
+    """Divided by four tokens, whichever of them are taught."""
+    logp, entropy = LOGP.clone().requires_grad_(), ENTROPY.masked_fill(~MASK, float("nan")).requires_grad_()
+    result = policy_loss(
+        logp, OLD_LOGP, ADVANTAGES, weights("bnpo"), settings("bnpo", **options), entropy=entropy, selected=CHOSEN
+    )
+    assert result.loss.item() == pytest.approx(expected / 4, abs=1e-12)
+    assert (result.clipped_low.item(), result.clipped_high.item()) == clipped
+    assert result.num_tokens.item() == 4
+    result.loss.backward()
+    assert logp.grad.isfinite().all()
+    slope = options.get("entropy_coefficient", 0.0) / 4
+    wanted = [0.0] * 8 if not slope else [-slope if m else 0.0 for m in MASK.flatten().tolist()]
+    gradient = torch.zeros_like(entropy) if entropy.grad is None else entropy.grad
+    assert gradient.flatten().tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("options", [{"advantage_sign": "positive"}, {"clip_cov_fraction": 0.1}], ids=["sign", "cov"])
+def test_a_token_that_is_not_taught_may_have_left_any_distance(options):
+    """Its ratio overflows, and its gradient is zero all the same."""
+    logp = torch.where(CHOSEN, LOGP + 1e4, LOGP).requires_grad_()
+    policy_loss(logp, OLD_LOGP, ADVANTAGES, weights("bnpo"), settings(**options), selected=CHOSEN).loss.backward()
+    assert logp.grad.isfinite().all()
+    assert logp.grad[1, 0] == 0
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_gradient_at_the_sampling_policy(loss_type):
     logp = OLD_LOGP.clone().requires_grad_()
@@ -175,6 +219,17 @@ def test_metrics_carry_no_graph():
         ({"clip_low": 1.5}, "clip_low between 0 and 1, got 1.5"),
         ({"clip_high": -0.1}, "clip_high to be finite and not negative, got -0.1"),
         ({"kl_coefficient": float("nan")}, "kl_coefficient to be finite and not negative, got nan"),
+        ({"entropy_coefficient": -0.1}, "entropy_coefficient to be finite and not negative, got -0.1"),
+        ({"advantage_sign": "plus"}, r"advantage_sign out of \['both', 'positive', 'negative'\], got 'plus'"),
+        ({"clip_cov_fraction": 1.5}, "clip_cov_fraction between 0 and 1, got 1.5"),
+        ({"clip_cov_bounds": (5.0, 1.0)}, r"two numbers, the smaller one first, got \[5.0, 1.0\]"),
+        ({"clip_cov_bounds": (1.0,)}, r"two numbers, the smaller one first, got \[1.0\]"),
+        ({"kl_cov_fraction": -1.0}, "kl_cov_fraction between 0 and 1, got -1.0"),
+        ({"kl_cov_coefficient": float("inf")}, "kl_cov_coefficient to be finite and not negative, got inf"),
+        (
+            {"clip_cov_fraction": 0.1, "kl_cov_fraction": 0.2},
+            r"Clip-Cov or KL-Cov, got both \(clip_cov_fraction=0.1, kl_cov_fraction=0.2\): set one of them to 0",
+        ),
     ],
 )
 def test_bad_settings(arguments, message):
@@ -192,3 +247,11 @@ def test_bad_arrays():
         policy_loss(LOGP, OLD_LOGP, ADVANTAGES, w, settings(kl_coefficient=0.1))
     with pytest.raises(ValueError, match=r"mask \[n, T\], got shape \[4\]"):
         token_weights(MASK[0], "grpo")
+    with pytest.raises(ValueError, match=r"expected logp, old_logp, weights, selected of one shape .*\[2, 3\]\] and"):
+        policy_loss(LOGP, OLD_LOGP, ADVANTAGES, w, settings(), selected=MASK[:, :3])
+    for option, name in (
+        ("entropy_coefficient", "entropy"),
+        *((f"{x}_cov_fraction", "selected") for x in ("clip", "kl")),
+    ):
+        with pytest.raises(ValueError, match=f"expected {name} with {option}=0.1, got None"):
+            policy_loss(LOGP, OLD_LOGP, ADVANTAGES, w, settings(**{option: 0.1}))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
+
+from entropy_pl.reporting import AttributedTokens
 
 
 def estimate(value: float, stderr: float, ess: float = 200.0) -> dict[str, Any]:
@@ -52,6 +56,111 @@ def probe_record(step: int = 0, *, multipliers: tuple[float, ...] = (0.5, 1, 2),
 
 def failed_record(step: int, status: str = "failed", message: str = "got NaN in [256, 48]") -> dict[str, Any]:
     return {"schema": 1, "kind": "probe", "status": status, "message": message, "step": step, "lr": 1e-4}
+
+
+def attributed_tokens(
+    prompts: int = 2, completions: int = 3, length: int = 20, n_eval: int = 8, seed: int = 0, **others: Any
+) -> AttributedTokens:
+    """Made-up tokens: −(log π + h)·A times a heavy-tailed factor, one token in four with π near 1."""
+    generator = np.random.default_rng(seed)
+    N = prompts * completions
+    lengths = np.maximum(1, generator.integers(length // 2, length + 1, N))
+    sequence = np.repeat(np.arange(N), lengths)
+    n = len(sequence)
+    logp = -generator.exponential(0.6, n) * np.where(generator.random(n) < 0.25, 1e-4, 1.0)
+    entropy = np.abs(-0.8 * logp + 0.1 * generator.random(n))
+    advantages = generator.normal(size=N).round(2)
+    advantages[0] = 0.0
+    values = -1e-6 * (logp + entropy + 0.2) * advantages[sequence] * generator.standard_t(3, n) ** 2
+    sequence_values = np.bincount(sequence, weights=values, minlength=N)
+    noise = generator.normal(size=(n_eval, N)) * np.abs(sequence_values).max()
+    words = [" the", " eggs", " 16", "\n", " so", ".", " $", "####", " =", " she", "\u202e", "ß", " sold"]
+    fields: dict[str, Any] = {
+        "step": 40,
+        "eta": 1e-5,
+        "unit": "per_token",
+        "values": values,
+        "logp": logp,
+        "entropy": entropy,
+        "advantages": advantages[sequence],
+        "sequence": sequence,
+        "position": np.concatenate([np.arange(count) for count in lengths]),
+        "text": [words[i] for i in generator.integers(0, len(words), n)],
+        "prompts": [f"Question {i // completions}: how much is $x$ <eggs>?\nAnswer:" for i in range(N)],
+        "sequence_values": sequence_values,
+        "sequence_stderr": 0.3 * np.abs(sequence_values),
+        "matrix": sequence_values + noise - noise.mean(0),
+        "totals": {
+            "momentum": -4e-4,
+            "weight_decay": 1e-6,
+            "tokens": float(values.sum()),
+            "remainder": 2e-7,
+            "first_order": -4e-4 + 1.2e-6 + float(values.sum()),
+        },
+    }
+    return AttributedTokens(**{**fields, **others})
+
+
+def attribution_of_record(scale: float = 1.0) -> dict[str, Any]:
+    """What a record keeps of an attribution, per unit η but for ``by_sign``."""
+
+    def measured(value: float, stderr: float) -> dict[str, float]:
+        return {"value": scale * value, "stderr": stderr, "stderr_jackknife": 1.1 * stderr}
+
+    return {
+        "first_order": measured(-12.0, 1.5),
+        "momentum": measured(-9.0, 1.2),
+        "weight_decay": measured(0.5, 0.1),
+        "gradient": measured(-3.5, 0.6),
+        "tokens": {"value": -3.25 * scale, "stderr_u": 0.8, "stderr_u_jackknife": 0.9},
+        "remainder": {"entropy_term": -0.5 * scale, "gradient": 0.125 * scale, "update": 0.125 * scale},
+        "total": -11.75 * scale,
+        "by_sign": {"positive_advantage": -4e-4, "negative_advantage": 7.5e-5, "zero_advantage": 0.0},
+    }
+
+
+def rewarded_record(step: int = 0, **others: Any) -> dict[str, Any]:
+    """A record with everything of attribution, reward, predictors and counterfactuals."""
+    record = probe_record(step)
+    for point in record["sweep"]:
+        point["reward_true"] = estimate(20 * point["eta"] * (1 + step / 50), 4 * point["eta"])
+        point["reward_first_order"] = estimate(21 * point["eta"] * (1 + step / 50), 4 * point["eta"])
+    more = {
+        "attribution": attribution_of_record(1 + step / 20),
+        "reward_change": estimate(21.0, 4.0),
+        "exchange_rate": {"value": -0.5, "stderr": 0.1, "ci_low": -0.75, "ci_high": -0.25, "bounded": True},
+        "predictors": {
+            "covariance": {
+                "pearson": 0.5,
+                "pearson_ci_low": 0.25,
+                "pearson_ci_high": None,
+                "spearman": {"value": 0.4, "stderr": 0.05},
+                "step_pearson": None,
+            },
+            "steer": {"sign_agreement": 0.75, "step_spearman": math.nan, "note": "text"},
+        },
+        "counterfactuals": {
+            "entropy_bonus": {
+                "true": estimate(3e-4, 2e-5),
+                "reward_true": estimate(1.5e-3, 3e-4),
+                "difference": estimate(1.35e-3, 3e-5),
+            },
+            "no [momentum]": {"true": estimate(-3e-4, 2e-5), "difference": estimate(7.5e-4, 2e-5)},
+        },
+    }
+    return {**record, **more, **others}
+
+
+@pytest.fixture
+def tokens():
+    """Factory of made-up attributed tokens."""
+    return attributed_tokens
+
+
+@pytest.fixture
+def make_rewarded():
+    """Factory of a record with attribution and reward."""
+    return rewarded_record
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import math
 import pytest
 from rich.console import Console
 
-from entropy_pl.reporting import probe_table, sweep_table
+from entropy_pl.reporting import attribution_table, probe_table, sweep_table
 from entropy_pl.reporting.table import with_error
 
 
@@ -96,3 +96,41 @@ class TestSweep:
         assert f"H = {record['entropy']['value']:.4f} ±" in text
         assert "log-log slope 1.0006, R² 1.000000" in text
         assert "* the step of the learning rate" in text
+
+
+class TestAttribution:
+    def rows(self, record, width=80):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(attribution_table(record))
+        return [" ".join(line.split()) for line in console.export_text().splitlines()]
+
+    def test_components_are_of_the_step_taken_with_both_errors_and_their_share(self, make_rewarded):
+        rows = self.rows(make_rewarded(0))  # lr = 1e-4, δH₁ = -12 per unit
+        assert "Who moved the entropy of optimizer step 0" in rows
+        for row in (
+            "momentum -9.0e-04 ± 1.2e-04 – 75.0 %",
+            "weight decay 5.0e-05 ± 1.0e-05 – -4.2 %",
+            "gradient -3.50e-04 ± 6.0e-05 – 29.2 %",
+            "tokens -3.250e-04 ± – 8.0e-05 27.1 %",
+            "of A > 0 -4.000e-04 ± – – 33.3 %",
+            "of A < 0 7.500e-05 ± – – -6.2 %",
+            "remainder: entropy term -5.000e-05 ± – – 4.2 %",
+            "δH₁ -1.20e-03 ± 1.5e-04 – 100.0 %",
+        ):
+            assert row in rows
+
+    def test_counterfactuals_stand_beside_the_step_taken(self, make_rewarded):
+        rows = self.rows(make_rewarded(0))
+        assert "entropy_bonus 3.00e-04 ± 2.0e-05 1.350e-03 ± 3.0e-05 1.50e-03 ± 3.0e-04" in rows
+        assert "no [momentum] -3.00e-04 ± 2.0e-05 7.50e-04 ± 2.0e-05 –" in rows
+        assert "step taken -1.05e-03 ± 2.0e-04 – 2.00e-03 ± 4.0e-04" in rows
+
+    def test_long_names_are_folded_and_numbers_stay_whole(self, make_rewarded):
+        other = make_rewarded()["counterfactuals"]["entropy_bonus"]
+        rows = self.rows(make_rewarded(counterfactuals={"a_very_long_name_of_a_loss_" * 2: other}))
+        assert any(row.endswith("3.00e-04 ± 2.0e-05 1.350e-03 ± 3.0e-05 1.50e-03 ± 3.0e-04") for row in rows)
+        assert max(map(len, rows)) <= 80
+
+    def test_without_attribution(self, make, make_failed):
+        for record in (make(0), make_failed(0), make(0, counterfactuals={"other": None})):
+            assert "no attribution recorded" in self.rows(record)

@@ -68,3 +68,101 @@ def test_layout_has_both_changes_on_one_margin_chart(events):
 
     assert drawn == [[margins("entropy")], [margins("delta_h_true"), margins("delta_h1")]]
     assert {tag for chart in drawn for series in chart for tag in series} <= TAGS
+
+
+class TestAttribution:
+    """Scalars of attribution, reward, predictors and counterfactuals."""
+
+    def test_reward_is_of_the_step_taken(self, make_rewarded):
+        record = make_rewarded(5)
+        values = scalars(record)
+        taken = record["sweep"][1]
+        for tag, key in (("delta_j_true", "reward_true"), ("delta_j1", "reward_first_order")):
+            assert values[f"entropy_probe/{tag}"] == taken[key]["value"]
+            assert values[f"entropy_probe/{tag}_ci_low"] == taken[key]["ci_low"]
+            assert values[f"entropy_probe/{tag}_ci_high"] == taken[key]["ci_high"]
+
+    @pytest.mark.parametrize("bounded", [True, False])
+    def test_an_exchange_rate_has_an_interval_only_where_it_has_bounds(self, make_rewarded, bounded):
+        rate = {"value": -0.5, "stderr": 0.1, "ci_low": -0.75, "ci_high": -0.25, "bounded": bounded}
+        found = {tag for tag in scalars(make_rewarded(exchange_rate=rate)) if "exchange_rate" in tag}
+        ends = ("", "_ci_low", "_ci_high") if bounded else ("",)
+        assert found == {f"entropy_probe/exchange_rate{end}" for end in ends}
+
+    def test_components_are_multiplied_by_the_learning_rate_and_signs_are_not(self, make_rewarded):
+        record = make_rewarded(0, lr=1e-4)
+        values = {
+            tag.removeprefix("entropy_probe/attribution/"): value
+            for tag, value in scalars(record).items()
+            if "/attribution/" in tag
+        }
+        expected = {
+            "momentum": -9e-4,
+            "momentum_ci_low": 1e-4 * (-9 - 1.96 * 1.2),
+            "momentum_ci_high": 1e-4 * (-9 + 1.96 * 1.2),
+            "weight_decay": 0.5e-4,
+            "weight_decay_ci_low": 1e-4 * (0.5 - 1.96 * 0.1),
+            "weight_decay_ci_high": 1e-4 * (0.5 + 1.96 * 0.1),
+            "tokens": -3.25e-4,
+            "remainder": -0.25e-4,  # -0.5 + 0.125 + 0.125
+            "first_order": -12e-4,
+            "first_order_ci_low": 1e-4 * (-12 - 1.96 * 1.5),
+            "first_order_ci_high": 1e-4 * (-12 + 1.96 * 1.5),
+            "positive_advantage": -4e-4,
+            "negative_advantage": 7.5e-5,
+        }
+        assert values == pytest.approx(expected, rel=1e-12)  # float64 products in another order
+
+    def test_a_remainder_with_an_unknown_part_is_unknown(self, make_rewarded):
+        record = make_rewarded()
+        record["attribution"]["remainder"]["gradient"] = None
+        assert "entropy_probe/attribution/remainder" not in scalars(record)
+
+    def test_predictors_are_numbers_or_estimates_with_what_intervals_they_have(self, make_rewarded):
+        found = {tag: value for tag, value in scalars(make_rewarded()).items() if "/predictors/" in tag}
+        assert found == {
+            "entropy_probe/predictors/covariance/pearson": 0.5,
+            "entropy_probe/predictors/covariance/pearson_ci_low": 0.25,
+            "entropy_probe/predictors/covariance/spearman": 0.4,
+            "entropy_probe/predictors/steer/sign_agreement": 0.75,
+        }
+
+    def test_counterfactuals_by_name(self, make_rewarded):
+        record = make_rewarded()
+        values = scalars(record)
+        bonus = record["counterfactuals"]["entropy_bonus"]
+        prefix = "entropy_probe/counterfactuals"
+        for end, key in (("", "value"), ("_ci_low", "ci_low"), ("_ci_high", "ci_high")):
+            assert values[f"{prefix}/entropy_bonus/delta_h{end}"] == bonus["true"][key]
+            assert values[f"{prefix}/entropy_bonus/delta_j{end}"] == bonus["reward_true"][key]
+        assert f"{prefix}/no [momentum]/delta_h" in values
+        assert f"{prefix}/no [momentum]/delta_j" not in values
+
+    @pytest.mark.parametrize("key", ["attribution", "exchange_rate", "predictors", "counterfactuals"])
+    @pytest.mark.parametrize("empty", [None, {}], ids=["none", "empty"])
+    def test_what_is_absent_is_left_out(self, make_rewarded, key, empty):
+        tags = scalars(make_rewarded(**{key: empty}))
+        assert not [tag for tag in tags if key in tag]
+        assert set(tags) >= TAGS
+
+    def test_what_failed_is_left_out(self, make_rewarded):
+        record = make_rewarded(predictors={"steer": None}, counterfactuals={"other": None})
+        assert not [tag for tag in scalars(record) if "steer" in tag or "other" in tag]
+
+    def test_charts_of_reward_and_counterfactuals_come_when_asked_for(self, tmp_path):
+        with SummaryWriter(tmp_path) as writer:
+            add_margin_charts(writer, reward=True, counterfactuals=["entropy_bonus", "no [momentum]"])
+        accumulator = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+        accumulator.Reload()
+        (event,) = accumulator.Tensors("custom_scalars__config__")
+        (category,) = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
+        drawn = [[series.value.removeprefix("entropy_probe/") for series in c.margin.series] for c in category.chart]
+        assert drawn == [
+            ["delta_j_true", "delta_j1"],
+            ["delta_h_true", "counterfactuals/entropy_bonus/delta_h", "counterfactuals/no [momentum]/delta_h"],
+            ["entropy"],
+            ["delta_h_true", "delta_h1"],
+        ]
+        for chart in category.chart:
+            for series in chart.margin.series:
+                assert (series.lower, series.upper) == (f"{series.value}_ci_low", f"{series.value}_ci_high")

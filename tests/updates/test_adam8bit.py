@@ -141,6 +141,43 @@ def test_every_part_over_several_steps(name, keep):
     assert is_quantized == {"big": eight, "matrix": eight, "small": False}
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_step_with_another_gradient(name):
+    """With the actual one it is the step recorded; with others, with and without momentum, the loop's."""
+    model = model_of()
+    optimizer = OPTIMIZERS[name](groups(model))
+    for step in range(1, 4):
+        set_gradients(model, 10 + step)
+        others = {n: p.grad.double() for n, p in model.items()}
+        other_numbers = {n: numbers(p, optimizer.state.get(p, {})) for n, p in model.items()}
+        set_gradients(model, step)
+        group_of = {id(p): dict(group) for group in optimizer.param_groups for p in group["params"]}
+        recorder = UpdateRecorder(model, optimizer)
+        recorder.snapshot(moments=True)
+        optimizer.step()
+        update = recorder.read()
+        again = recorder.step_with({n: p.grad for n, p in model.items()})
+        assert again.lr == update.lr
+        for n in model:
+            # θ ~ 1 rounded at 6e-8, and the kernel's own arithmetic, over lr ≥ 0.03: as for the split recorded.
+            torch.testing.assert_close(again.direction[n], update.direction[n], rtol=1e-5, atol=2e-6)
+            for part in PARTS:  # 32-bit moments: 6e-8 of the gradient part, lost in those of after the step
+                torch.testing.assert_close(again.components[part][n], update.components[part][n], rtol=2e-6, atol=2e-6)
+        for momentum in (True, False):
+            found = recorder.step_with(others, momentum=momentum)
+            for n, parameter in model.items():
+                group = group_of[id(parameter)]
+                if not momentum:
+                    group = group | {"betas": (0.0, group["betas"][1])}
+                expected = [number.step(step, group)[1] for number in other_numbers[n]]
+                for part in PARTS:
+                    wanted = torch.tensor([parts[part] for parts in expected], dtype=torch.float64)
+                    # The float32 product code·absmax, 6e-8 of m and v.
+                    torch.testing.assert_close(
+                        found.components[part][n].flatten(), group["lr"] / 0.1 * wanted, rtol=1e-6, atol=1e-6
+                    )
+
+
 def test_the_moments_after_the_step_would_not_do():
     """What is kept from before the step is needed: the state afterwards is not what moved θ."""
     model = model_of()
@@ -239,6 +276,8 @@ def test_bytes_of_the_snapshot():
     recorder.snapshot()
     codes, blocks = BIG + 64 * 96, 18 + 24
     assert recorder.bytes() == 4 * n + 2 * codes + 2 * 4 * blocks
+    recorder.snapshot(moments=True)
+    assert recorder.bytes() == 4 * n + 2 * codes + 2 * 4 * blocks + 2 * 4 * 40  # and the 32-bit ones of ``small``
     recorder.forget()
     assert recorder.bytes() == 0
 
@@ -260,7 +299,8 @@ class TestNoSplit:
         options = {"momentum": 0.9} if kind == "SGD8bit" else {}
         optimizer = getattr(bnb.optim, kind)(model.parameters(), lr=0.01, **options)
         assert self.why(optimizer, model) == (
-            f"{kind} is not of Adam's family: its step has no momentum, gradient and weight-decay parts here"
+            f"{kind} is not of Adam's family and not torch's SGD: its step has no momentum, gradient and weight-decay "
+            "parts here"
         )
 
     @pytest.mark.parametrize(

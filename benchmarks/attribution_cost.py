@@ -1,0 +1,230 @@
+"""What attribution costs: an update of 128 completions, measured on 256, in scoring passes and in memory.
+
+    python benchmarks/attribution_cost.py --policy path/to/policy --data path/to/gsm8k [--cache folder]
+
+A LoRA policy takes two AdamW steps on completions of its own to GSM8K prompts (configs/grpo_gsm8k.yaml's sizes; random
+advantages: the cost does not depend on them), and the second is attributed. The unit is one plain scoring pass over E
+and U together, in the same run. Memory is the peak beside the run's, each in a process of its own, since what one call
+has freed the next one finds. Sampling takes longest: --cache keeps the completions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from entropy_pl import PromptDataModule, Rollout, UpdateVector, load_policy, record_update, sample_completions
+from entropy_pl import token_stats, token_stats_jvp
+from entropy_pl.attribution import (
+    attribute_update,
+    fisher_kernel,
+    fisher_kernel_cost,
+    influence_matrix,
+    influence_matrix_cost,
+)
+from entropy_pl.policy.gradients import sequence_gradients, weighted_gradient
+from entropy_pl.policy.rng import isolated_rng
+from entropy_pl.policy.score import model_device
+from entropy_pl.probe import peak_memory, timed
+from entropy_pl.rollout import TokenStats
+
+MIB = 2**20
+TEMPLATE = "Question: {question}\nResponse: <think>"
+FIELDS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+
+def main() -> None:
+    options = arguments()
+    console = Console()
+    model, e, u = build(options)
+    console.print(f"E: {described(e)}; U: {described(u)}; {torch.get_num_threads()} threads")
+    console.print(times(options, model, e, u))
+    console.print(memory(options))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policy", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--cache", type=Path, default=None)
+    for name, value in {"e": 256, "prompts": 16, "generations": 8, "tokens": 150, "repeats": 3}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--weight-decay", type=float, default=0.0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args()
+
+
+def build(options: argparse.Namespace) -> tuple[nn.Module, Rollout, Rollout]:
+    """The policy with its adapter, and both batches, drawn from it."""
+    torch.set_num_threads(options.threads)
+    with isolated_rng(0):
+        model, tokenizer = load_policy(options.policy)
+    cached = options.cache and options.cache / f"{options.e}-{options.prompts}x{options.generations}.pt"
+    if cached and cached.is_file():
+        saved = torch.load(cached, weights_only=True)
+        return model, Rollout(*saved["e"]), Rollout(*saved["u"])
+    prompts = PromptDataModule("gsm8k_r1_template", options.data, TEMPLATE, e_size=options.e, u_size=options.prompts)
+    with isolated_rng(0):
+        e = sample_completions(model, tokenizer, prompts.e_prompts, max_new_tokens=options.tokens)
+        u = sample_completions(
+            model, tokenizer, prompts.u_prompts, num_completions=options.generations, max_new_tokens=options.tokens
+        )
+    if cached:
+        options.cache.mkdir(exist_ok=True, parents=True)
+        torch.save({name: [getattr(batch, f) for f in FIELDS] for name, batch in (("e", e), ("u", u))}, cached)
+    return model, e, u
+
+
+def described(rollout: Rollout) -> str:
+    return (
+        f"{len(rollout)} completions of {rollout.completion_lengths.double().mean():.0f} tokens to prompts of "
+        f"{rollout.prompt_lengths.double().mean():.0f} (means)"
+    )
+
+
+def step(model: nn.Module, u: Rollout, weight_decay: float) -> tuple[UpdateVector, Tensor]:
+    """The second of two AdamW steps along −Σ A log π/(N T_i), clipped by nothing; θ is that of before it."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=3e-4, weight_decay=weight_decay)
+    advantages = torch.randn(len(u), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lengths = u.completion_lengths.clamp(min=1)
+    coefficients = -(advantages / lengths / len(u))[:, None] * u.completion_mask
+    stats = TokenStats(coefficients, torch.zeros_like(coefficients), u.completion_mask)
+    for _ in range(2):
+        before = {name: p.detach().clone() for name, p in trainable.items()}
+        for name, gradient in weighted_gradient(model, u, stats, trainable).items():
+            trainable[name].grad = gradient
+        with record_update(model, optimizer) as recorder:
+            optimizer.step()
+    for name, parameter in trainable.items():
+        parameter.data = before[name]
+        parameter.grad = None
+    return recorder.update, coefficients
+
+
+def times(options: argparse.Namespace, model: nn.Module, e: Rollout, u: Rollout) -> Table:
+    update, coefficients = step(model, u, options.weight_decay)
+    decayed, of_decayed = step(model, u, 0.01)
+    base, tangent = token_stats_jvp(model, e, update)
+    seconds: dict[str, float] = {}
+    phases: dict[str, dict[str, float]] = {}
+
+    def attribute(label: str, v: UpdateVector, of_tokens: Tensor, **given: Any) -> None:
+        clock = _Clock(phases.setdefault(label, {}))
+        with timed(seconds, label, model):
+            attribute_update(model, e, u, v, token_coefficients=of_tokens, on_pass=clock, **given)
+
+    token_stats(model, e)  # warm
+    for _ in range(options.repeats):  # in turn, so that what else the machine does falls on all alike
+        with timed(seconds, "unit", model):
+            token_stats(model, e)
+            token_stats(model, u)
+        attribute("attribute_update, alone", update, coefficients)
+        attribute("attribute_update, alone, with weight decay", decayed, of_decayed)
+        attribute("attribute_update, in a probe", update, coefficients, base=base, tangent=tangent)
+    unit = seconds.pop("unit") / options.repeats
+    rows = [(label, total / options.repeats, shares(phases[label], total)) for label, total in seconds.items()]
+    passes = influence_matrix_cost(model, len(e), len(u), update)
+    rows.append(
+        measured(
+            model,
+            f"influence_matrix [{len(e)}, {len(u)}]",
+            lambda: influence_matrix(model, e, u, update, token_coefficients=coefficients, base=base),
+            str(passes),
+        )
+    )
+    rows.append(
+        measured(
+            model,
+            f"fisher_kernel [{len(u)}, {len(u)}]",
+            lambda: fisher_kernel(model, u, u, preconditioner=update.preconditioner),
+            str(fisher_kernel_cost(model, u, u, preconditioner=update.preconditioner)),
+        )
+    )
+    ones = TokenStats(u.completion_mask.double(), torch.zeros_like(coefficients), u.completion_mask)
+    count = min(32, len(u))
+    few = torch.arange(count)
+
+    def one_by_one() -> None:
+        for _ in sequence_gradients(model, u.select(few), ones.select(few), update.direction):
+            pass
+
+    label, took, _ = measured(model, f"gradients of {count} single sequences", one_by_one, "")
+    rows.append((label, took, f"{count / took:.0f} a second"))
+    table = Table(title=f"Time; one pass over E and U takes {unit:.2f} s")
+    table.add_column("")
+    table.add_column("passes", justify="right")
+    table.add_column("s", justify="right")
+    table.add_column("of which")
+    for label, took, note in rows:
+        table.add_row(label, f"{took / unit:.2f}", f"{took:.2f}", note)
+    return table
+
+
+class _Clock:
+    """Seconds between one pass's end and the next one's, by phase."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds, self._last = seconds, time.perf_counter()
+
+    def __call__(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def shares(phases: dict[str, float], total: float) -> str:
+    parts = {**phases, "the rest": total - sum(phases.values())}
+    return ", ".join(f"{phase} {100 * seconds / total:.0f} %" for phase, seconds in parts.items())
+
+
+def measured(model: nn.Module, label: str, work: Callable[[], object], note: str) -> tuple[str, float, str]:
+    seconds: dict[str, float] = {}
+    with timed(seconds, label, model):
+        work()
+    return label, seconds[label], note
+
+
+def memory(options: argparse.Namespace) -> Table:
+    table = Table(title="MiB beside the run's")
+    for name in ("U", "scoring E and U", "attribute_update", "fisher_kernel"):
+        table.add_column(name, justify="right")
+    for rows in (options.prompts * options.generations // 4, options.prompts * options.generations):
+        found = [in_a_process(options, rows, what) / MIB for what in ("score", "attribute", "kernel")]
+        table.add_row(str(rows), *(f"{amount:.0f}" for amount in found))
+    return table
+
+
+def in_a_process(options: argparse.Namespace, rows: int, what: str) -> int:
+    with get_context("spawn").Pool(1) as pool:
+        return int(pool.apply(added, (options, rows, what)))
+
+
+def added(options: argparse.Namespace, rows: int, what: str) -> int:
+    """Peak bytes of one call beyond those in use, the step itself taken before."""
+    model, e, u = build(options)
+    u = u.select(torch.arange(rows))
+    update, coefficients = step(model, u.select(torch.arange(8)), options.weight_decay)  # few: its peak hides others
+    coefficients = torch.ones(u.completion_mask.shape, dtype=torch.float64) / u.completion_mask.sum()
+    with peak_memory(model_device(model)) as found:
+        if what == "score":
+            token_stats(model, e)
+            token_stats(model, u)
+        elif what == "attribute":
+            attribute_update(model, e, u, update, token_coefficients=coefficients)
+        else:
+            fisher_kernel(model, u, u, preconditioner=update.preconditioner)
+    return found.added
+
+
+if __name__ == "__main__":
+    main()

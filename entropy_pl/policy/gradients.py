@@ -1,0 +1,130 @@
+"""Gradients of weighted sums of log-probs and entropies: what ∇Ĥ, ∇S_i and the like are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from entropy_pl.policy.precision import evaluation
+from entropy_pl.policy.score import (
+    HEAD_CHUNK_BYTES,
+    compact,
+    completion_logits,
+    default_batch_tokens,
+    micro_batches,
+    model_device,
+)
+from entropy_pl.rollout import Rollout, TokenStats
+from entropy_pl.updates.displace import parameters_named
+
+
+def weighted_gradient(
+    model: nn.Module,
+    rollout: Rollout,
+    coefficients: TokenStats,
+    names: Iterable[str],
+    *,
+    temperature: float = 1.0,
+    entropy_dtype: torch.dtype = torch.float64,
+    max_batch_tokens: int | None = None,
+) -> dict[str, Tensor]:
+    """∇_θ Σ_ik (a_ik log π(t_ik) + b_ik h_ik), one backward pass over the rollout; no parameter's ``grad`` is touched.
+
+    The model runs as in :func:`~entropy_pl.policy.score.token_stats`. Softmax and entropy are not differentiated by
+    autograd, whose graph would be several times the logits, but by hand, a bounded number of rows at a time: with p the
+    distribution, z its logits and τ the temperature,
+
+        ∂ log p_t/∂z_j = (1_jt − p_j)/τ,    ∂h/∂z_j = −p_j (log p_j + h)/τ.
+
+    Args:
+        model: a causal language model.
+        rollout: ``[N, P]`` and ``[N, T]``; a micro-batch without coefficients is left out.
+        coefficients: a as ``logp`` and b as ``entropy``, ``[N, T]``.
+        names: of the parameters to differentiate by.
+        temperature: of the sampling distribution.
+        entropy_dtype: dtype of softmax and entropy.
+        max_batch_tokens: padded tokens per micro-batch; None bounds the logits' memory.
+
+    Returns:
+        By name, of the parameter's shape, in float32 or what the model computes in.
+
+    Raises:
+        KeyError: if the model has no parameter of a name.
+        ValueError: if the coefficients are not of the rollout's tokens.
+    """
+    if coefficients.mask.shape != rollout.completion_mask.shape:
+        raise ValueError(
+            f"expected coefficients of the rollout's shape {list(rollout.completion_mask.shape)}, got "
+            f"{list(coefficients.mask.shape)}"
+        )
+    names = list(names)
+    device = model_device(model)
+    rollout, coefficients = rollout.to(device), coefficients.to(device)
+    with evaluation(model), torch.enable_grad():
+        parameters = parameters_named(model, names)
+        total = {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in parameters.items()}
+        for rows in micro_batches(rollout, max_batch_tokens or default_batch_tokens(model)):
+            a, b = coefficients.logp[rows], coefficients.entropy[rows]
+            if not (a.any() or b.any()):
+                continue
+            part = compact(rollout, rows)
+            mask, width = part.completion_mask, part.completion_mask.shape[1]
+            logits = completion_logits(model, part)
+            by_logits = _logits_gradient(
+                logits.detach(),
+                part.completion_ids[mask],
+                a[:, :width][mask],
+                b[:, :width][mask],
+                temperature,
+                entropy_dtype,
+            )
+            gradients = torch.autograd.grad(logits, list(parameters.values()), by_logits, allow_unused=True)
+            for name, gradient in zip(names, gradients, strict=True):
+                if gradient is not None:
+                    total[name] += gradient
+    return total
+
+
+def sequence_gradients(
+    model: nn.Module,
+    rollout: Rollout,
+    coefficients: TokenStats,
+    names: Iterable[str],
+    *,
+    temperature: float = 1.0,
+    entropy_dtype: torch.dtype = torch.float64,
+) -> Iterator[Tensor]:
+    """:func:`weighted_gradient` of every sequence by itself, as one flat vector ``[d]`` each, in the rollout's order.
+
+    A forward and a backward pass of one sequence each: no more than one sequence's activations are held.
+    """
+    names = list(names)
+    for row in range(len(rollout)):
+        index = torch.tensor([row])
+        part, of_part = (
+            rollout.select(index.to(rollout.prompt_ids.device)),
+            coefficients.select(index.to(coefficients.logp.device)),
+        )
+        gradient = weighted_gradient(model, part, of_part, names, temperature=temperature, entropy_dtype=entropy_dtype)
+        yield torch.cat([gradient[name].flatten() for name in names])
+
+
+def _logits_gradient(
+    logits: Tensor, targets: Tensor, a: Tensor, b: Tensor, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """∂/∂logits of Σ a log p_t + b h, ``[n, V]``, in the logits' dtype."""
+    result = torch.empty_like(logits)
+    rows = max(1, HEAD_CHUNK_BYTES // (dtype.itemsize * logits.shape[-1]))
+    for start in range(0, len(logits), rows):
+        chunk = slice(start, start + rows)
+        log_p = (logits[chunk].to(dtype) / temperature).log_softmax(-1).clamp_(min=torch.finfo(dtype).min)
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(-1, keepdim=True)
+        a_chunk, b_chunk = (x[chunk, None].to(dtype) for x in (a, b))
+        # p first: where it is zero, b times the log-prob could overflow.
+        gradient = log_p.add_(entropy).mul_(p).mul_(b_chunk).addcmul_(p, a_chunk).neg_()
+        gradient.scatter_add_(-1, targets[chunk, None], a_chunk)
+        result[chunk] = gradient.div_(temperature).to(logits.dtype)
+    return result
