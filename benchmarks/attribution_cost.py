@@ -22,8 +22,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from entropy_pl import PromptDataModule, Rollout, UpdateVector, load_policy, record_update, sample_completions
-from entropy_pl import token_stats, token_stats_jvp
+from entropy_pl import (
+    PromptDataModule,
+    Rollout,
+    UpdateVector,
+    load_policy,
+    record_update,
+    sample_completions,
+    token_stats,
+    token_stats_jvp,
+)
 from entropy_pl.attribution import (
     attribute_update,
     fisher_kernel,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch
@@ -19,6 +20,7 @@ def attributed_tokens(
     lr: float,
     unit: Normalize,
     matrix: InfluenceMatrix | None = None,
+    stderr: Tensor | None = None,
 ) -> AttributedTokens:
     """Every token of the U-batch with what it did.
 
@@ -30,6 +32,7 @@ def attributed_tokens(
         lr: η.
         unit: of the entropy.
         matrix: per unit η.
+        stderr: of every token, per unit η, ``[N_U, T_U]``.
     """
     mask = attribution.stats.mask.cpu()
     rows, columns = (index.numpy() for index in mask.nonzero(as_tuple=True))
@@ -55,6 +58,7 @@ def attributed_tokens(
         sequence_values=lr * attribution.per_sequence.cpu().numpy(),
         sequence_stderr=None if matrix is None else abs(lr) * matrix.stderr.numpy(),
         matrix=None if matrix is None else np.asarray(lr * matrix.values),
+        stderr=None if stderr is None else abs(lr) * stderr.cpu()[mask].numpy(),
         totals={
             "momentum": lr * attribution.momentum,
             "weight_decay": lr * attribution.weight_decay,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_pl.attribution import UpdateBatch, compare_predictors, counterfactual_update
+from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, compare_predictors, counterfactual_update
 from entropy_pl.callbacks.attributing import attributed_tokens
 from entropy_pl.objectives import counterfactual_names
 from entropy_pl.peers import Peers
@@ -34,17 +34,23 @@ class Causes:
     Args:
         attribution: attribute it to the step's components and to every token of the U-batch, where the run supplies it.
         influence_matrix: measure the influence of each U-completion on each E-completion, with error bars.
+        token_error_blocks: blocks of E that give every token an error bar; 0 gives none.
         counterfactuals: losses whose step is measured beside the one taken.
 
     Raises:
-        ValueError: for an unknown loss.
+        ValueError: for an unknown loss, or a single block.
     """
 
     attribution: bool = True
     influence_matrix: bool = False
+    token_error_blocks: int = 0
     counterfactuals: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if self.token_error_blocks < 0 or self.token_error_blocks == 1:
+            raise ValueError(f"expected token_error_blocks of at least 2, or 0 for none, got {self.token_error_blocks}")
+        if not self.attribution and (self.influence_matrix or self.token_error_blocks):
+            raise ValueError("expected attribution: true with influence_matrix or token_error_blocks, got false")
         names = counterfactual_names()
         for name in self.counterfactuals:
             if name not in names:
@@ -55,7 +61,7 @@ class Causes:
     @property
     def needs_batch(self) -> bool:
         """Whether the U-batch is asked for."""
-        return self.attribution or self.influence_matrix or bool(self.counterfactuals)
+        return self.attribution or bool(self.counterfactuals)
 
 
 @dataclass(frozen=True)
@@ -177,13 +183,9 @@ class CausesOfStep:
                 self.model, rollout, update, batch, scores, peers=self.peers, on_pass=on_pass
             )
             whole = batch.gathered(self.peers)
-            matrix = None
-            if self.causes.influence_matrix and self.peers.size == 1:
-                matrix = self.probe.influence_matrix(self.model, rollout, update, batch, scores)
-            elif self.causes.influence_matrix:
-                self.absent["influence_matrix"] = "it needs a run of one process"
+            matrix, stderr = self._priced_apart(rollout, update, batch, scores, attribution)
             options = {"step": self.step, "lr": update.lr, "unit": self.probe.normalize}
-            tokens = attributed_tokens(attribution, whole, self.tokenizer, matrix=matrix, **options)
+            tokens = attributed_tokens(attribution, whole, self.tokenizer, matrix=matrix, stderr=stderr, **options)
             found: Record = {"attribution": attribution.to_dict() | tokens.summary()}
             if whole.advantages is None:
                 self.absent["predictors"] = "the U-batch has no advantages"
@@ -194,3 +196,29 @@ class CausesOfStep:
             self.absent["attribution"] = f"{type(error).__name__}: {error}"
             return {}, None
         return found, tokens
+
+    def _priced_apart(
+        self,
+        rollout: Rollout,
+        update: UpdateVector,
+        batch: UpdateBatch,
+        scores: ProbeScores,
+        attribution: Attribution,
+    ) -> tuple[InfluenceMatrix | None, Tensor | None]:
+        """The E×U matrix and the tokens' error bars, where they were asked for."""
+        asked = {
+            "influence_matrix": self.causes.influence_matrix,
+            "token_error_blocks": self.causes.token_error_blocks > 0,
+        }
+        if self.peers.size > 1:
+            self.absent.update({name: "it needs a run of one process" for name, wanted in asked.items() if wanted})
+            return None, None
+        matrix = stderr = None
+        if asked["influence_matrix"]:
+            matrix = self.probe.influence_matrix(self.model, rollout, update, batch, scores)
+        if asked["token_error_blocks"]:
+            blocks = self.causes.token_error_blocks
+            stderr = self.probe.token_standard_errors(
+                self.model, rollout, update, batch, scores, blocks=blocks, update_base=attribution.stats
+            )
+        return matrix, stderr

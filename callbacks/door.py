@@ -83,6 +83,8 @@ class ProbeDoor:
             about as many passes again.
         influence_matrix: measure the influence of each U-completion on each E-completion too, with error bars: a
             forward and a backward pass of every completion by itself.
+        token_error_blocks: give every token an error bar over E, from the attribution by each of so many blocks of it
+            (8, say: two passes over U each); 0 gives none.
         counterfactuals: other losses whose step from the same point is measured beside the one taken: `entropy_bonus`,
             `clip_higher`, `clip_cov`, `kl_cov`, `positive_only`, `negative_only`, `no_momentum`, or `unchanged` as a
             control. Each takes a backward pass over U and a pass over E; together a copy of the optimizer's moments.
@@ -125,6 +127,7 @@ class ProbeDoor:
         sample_batch_size: int | None = None,
         attribution: bool = True,
         influence_matrix: bool = False,
+        token_error_blocks: int = 0,
         counterfactuals: Sequence[str] = (),
         reward: Any = None,
         resample_prompts: bool = False,
@@ -168,7 +171,7 @@ class ProbeDoor:
             if every_n_steps:
                 check_numbers(num_sequences, completions_per_prompt)
             EntropyProbe(**self._options, temperature=1.0 if temperature is None else temperature)
-            self._causes = Causes(attribution, influence_matrix, tuple(counterfactuals))
+            self._causes = Causes(attribution, influence_matrix, token_error_blocks, tuple(counterfactuals))
             if reward is not None and not callable(reward):
                 raise ValueError(
                     f"expected reward as a function of prompts and completions, got {type(reward).__name__}"

@@ -122,6 +122,8 @@ class ProbeSession:
             rows=min(share, self.sample_batch_size or share),
             prompt_tokens=self._prompt_tokens,
             max_new_tokens=self.max_new_tokens,
+            attribution=self.causes.attribution and self.sources.update_batch is not None,
+            moments=bool(self.causes.counterfactuals),
         )
 
     def arm(self, optimizer: torch.optim.Optimizer) -> None:

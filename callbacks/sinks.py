@@ -15,6 +15,7 @@ from entropy_pl.reporting import (
     Record,
     add_margin_charts,
     attribution_page,
+    attribution_table,
     components_figure,
     delta_entropy_figure,
     eta_sweep_figure,
@@ -120,6 +121,9 @@ def summarize(records_path: Path, sinks: Sequence[Sink]) -> None:
         exchange_rate_figure(records).savefig(pictures[-1])
     console = Console(soft_wrap=True)
     console.print(probe_table(records))
+    attributed = [record for record in records if record.get("attribution") or record.get("counterfactuals")]
+    if attributed:
+        console.print(attribution_table(attributed[-1]))
     lines = [f"records  {records_path}", *(f"figure   {path}" for path in pictures)]
     pages = sorted((records_path.parent / ATTRIBUTION_FOLDER).glob("step_*.html"))
     lines += [f"tokens   {pages[-1]}" + (f" and {len(pages) - 1} more" if len(pages) > 1 else "")] if pages else []

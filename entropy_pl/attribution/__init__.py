@@ -1,6 +1,7 @@
 """Who moved the entropy: components of a step, sequences, tokens."""
 
 from entropy_pl.attribution.batch import UpdateBatch
+from entropy_pl.attribution.blocks import token_standard_errors
 from entropy_pl.attribution.counterfactual import counterfactual_update
 from entropy_pl.attribution.errors import ErrorBar
 from entropy_pl.attribution.fisher import KernelSummary, fisher_kernel, fisher_kernel_cost, kernel_summary
@@ -25,4 +26,5 @@ __all__ = [
     "influence_matrix",
     "influence_matrix_cost",
     "kernel_summary",
+    "token_standard_errors",
 ]

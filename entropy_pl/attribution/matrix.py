@@ -100,6 +100,7 @@ def influence_matrix(
             "expected an update with a preconditioner, got none: "
             f"{update.split_absent or 'read it with record_update, or give preconditioner='}"
         )
+    influence_matrix_cost(model, len(eval_rollout), len(update_rollout), update, max_bytes=max_bytes)  # or refuse
     names = list(update.preconditioner)
     estimate: dict[str, Any] = {"normalize": normalize, "weighting": weighting, "integrand": integrand}
     scoring: dict[str, Any] = {"temperature": temperature, "entropy_dtype": entropy_dtype}
@@ -120,7 +121,7 @@ def influence_matrix(
 
     beside = []
     if normalize == "per_token":
-        beside.append(_flat(_length_gradient(model, eval_rollout, base, names, weighting, batched), names))
+        beside.append(_flat(length_gradient(model, eval_rollout, base, names, weighting, batched), names))
     metric = torch.cat([update.preconditioner[name].flatten() for name in names])
     kernel, others = gradient_kernel(
         lambda start, end: gradients(eval_rollout, e_coefficients, start, end),
@@ -145,14 +146,14 @@ def influence_matrix(
 def influence_matrix_cost(
     model: nn.Module, rows_e: int, rows_u: int, update: UpdateVector, *, max_bytes: int = DEFAULT_BYTES
 ) -> KernelCost:
-    """What :func:`influence_matrix` will take, for so many completions of E and of U."""
+    """What :func:`influence_matrix` will take for so many completions of E and of U; its error of ``max_bytes``."""
     parameters = dict(model.named_parameters())
     held = [parameters[name] for name in update.direction]
     itemsize = max(4, *(parameter.element_size() for parameter in held))
     return kernel_cost(rows_e, rows_u, sum(p.numel() for p in held), itemsize=itemsize, max_bytes=max_bytes)
 
 
-def _length_gradient(
+def length_gradient(
     model: nn.Module,
     rollout: Rollout,
     base: TokenStats,

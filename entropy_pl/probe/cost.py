@@ -15,6 +15,7 @@ from entropy_pl.policy.score import HEAD_CHUNK_BYTES, default_batch_tokens, outp
 from entropy_pl.probe.engine import EntropyProbe
 
 READING_BYTES = 48  # a number: Δθ, AdamW's three parts of it, and what is left of their sum, in float64
+SAVED_HIDDEN, SAVED_INNER = 10, 4  # numbers a layer keeps for its backward pass, per token, in hidden and inner sizes
 HEAD_TEMPORARIES = 3  # of a chunk of logits in the entropy's dtype: shifted, exponentials, and their products
 
 
@@ -29,6 +30,7 @@ class ProbeMemory:
         cache: keys and values while sampling.
         scoring: one micro-batch's logits, what softmax and entropy make of a chunk of them, and its activations.
         reading: the update's parts of one parameter in float64, before and after the passes.
+        attribution: ∇Ĥ and P∘∇Ĥ in float64, and the graph behind one micro-batch's logits; 0 without one.
     """
 
     snapshot: int
@@ -37,11 +39,13 @@ class ProbeMemory:
     cache: int
     scoring: int
     reading: int
+    attribution: int = 0
 
     @property
     def total(self) -> int:
-        """At the worst moment: reading, sampling and scoring do not overlap."""
-        return self.snapshot + max(self.widened + max(self.cache, self.displaced + self.scoring), self.reading)
+        """At the worst moment: reading, sampling, scoring and attribution do not overlap."""
+        working = max(self.cache, self.displaced + self.scoring, self.attribution)
+        return self.snapshot + max(self.widened + working, self.reading)
 
     def __str__(self) -> str:
         parts = {name: amount for name, amount in asdict(self).items() if amount >= 0.01 * self.total}
@@ -50,7 +54,14 @@ class ProbeMemory:
 
 
 def probe_memory(
-    model: nn.Module, probe: EntropyProbe, *, rows: int, prompt_tokens: int, max_new_tokens: int
+    model: nn.Module,
+    probe: EntropyProbe,
+    *,
+    rows: int,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    attribution: bool = False,
+    moments: bool = False,
 ) -> ProbeMemory:
     """The memory of one probe, by what its shapes say; docs/scaling.md has the formula.
 
@@ -60,6 +71,8 @@ def probe_memory(
         rows: completions sampled at once in this process.
         prompt_tokens: of the longest prompt.
         max_new_tokens: of the longest completion.
+        attribution: whether the change is attributed to tokens; the U-batch's micro-batches are no larger than E's.
+        moments: whether Adam's moments of before the step are kept, for counterfactual steps.
 
     Raises:
         ValueError: if the policy has no trainable parameter.
@@ -78,15 +91,19 @@ def probe_memory(
     length = prompt_tokens + max_new_tokens
     tokens = min(probe.max_batch_tokens or default_batch_tokens(model), rows * length)
     scored = tokens * max_new_tokens // length  # of which the head makes logits
+    numbers = sum(p.numel() for p in trainable)
+    vectors = numbers * 2 * torch.float64.itemsize
+    graph = tokens * layers * (SAVED_HIDDEN * hidden + SAVED_INNER * inner) + 2 * scored * vocabulary
     entropy_bytes = scored * vocabulary * getattr(torch, probe.entropy_dtype).itemsize
     return ProbeMemory(
-        snapshot=sum(p.numel() * p.element_size() for p in trainable),
+        snapshot=(1 + 2 * moments) * sum(p.numel() * p.element_size() for p in trainable),
         displaced=sum(p.numel() * max(p.element_size(), wide.itemsize) for p in trainable),
         widened=sum(p.numel() * wide.itemsize for p in floating if p.element_size() < wide.itemsize),
         cache=2 * layers * kv_heads * head_size * min(rows, MAX_ROWS) * length * wide.itemsize,
         scoring=(scored * vocabulary + tokens * (8 * hidden + 3 * inner)) * wide.itemsize
         + HEAD_TEMPORARIES * min(HEAD_CHUNK_BYTES, entropy_bytes),
         reading=READING_BYTES * max(p.numel() for p in trainable),
+        attribution=(vectors + graph * wide.itemsize) if attribution else 0,
     )
 
 

@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, attribute_update, influence_matrix
+from entropy_pl.attribution import (
+    Attribution,
+    InfluenceMatrix,
+    UpdateBatch,
+    attribute_update,
+    influence_matrix,
+    token_standard_errors,
+)
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.precision import evaluation, float64_evaluation, refuse_quantized
 from entropy_pl.policy.score import head_inputs, token_stats
@@ -18,7 +26,7 @@ from entropy_pl.probe.result import ProbeResult
 from entropy_pl.probe.scores import CounterfactualScores, ProbeScores
 from entropy_pl.probe.settings import ProbeSettings
 from entropy_pl.probe.timing import timed
-from entropy_pl.rollout import Rollout, prompt_clusters
+from entropy_pl.rollout import Rollout, TokenStats, prompt_clusters
 from entropy_pl.updates.vector import UpdateVector
 
 ATTRIBUTION_PASSES = 6  # ∇Ĥ over E; θ and two differences over U; momentum and weight decay over E
@@ -164,19 +172,13 @@ class EntropyProbe(ProbeSettings):
                 rollout,
                 update_batch.rollout,
                 update,
-                token_coefficients=update_batch.token_coefficients,
-                gradient_scale=update_batch.gradient_scale,
                 entropy_coefficients=update_batch.entropy_coefficients,
                 divided_by=update_batch.divided_by,
-                base=scores.base,
                 tangent=scores.tangent,
-                baseline=baseline_of(self, scores),
-                clusters=scores.clusters,
                 method=self.method,
                 peers=peers,
                 on_pass=on_pass,
-                **self.estimate,
-                **self.scoring,
+                **self._attributing(update_batch, scores),
             )
 
     def influence_matrix(
@@ -191,18 +193,57 @@ class EntropyProbe(ProbeSettings):
         """
         with self.evaluation(model):
             return influence_matrix(
+                model, rollout, update_batch.rollout, update, **self._attributing(update_batch, scores)
+            )
+
+    def token_standard_errors(
+        self,
+        model: nn.Module,
+        rollout: Rollout,
+        update: UpdateVector,
+        update_batch: UpdateBatch,
+        scores: ProbeScores,
+        *,
+        blocks: int = 8,
+        update_base: TokenStats | None = None,
+    ) -> Tensor:
+        """Error bars over E of every token's attributed change, ``[N_U, T_U]``, per unit η; one process.
+
+        Args:
+            model: with ``rollout``, ``update``, ``update_batch`` and ``scores`` the arguments of :meth:`attribute`.
+            rollout: the E-batch.
+            update: v.
+            update_batch: the U-batch.
+            scores: of the E-batch.
+            blocks: of E, that are attributed apart.
+            update_base: statistics of U at θ, if they are at hand.
+
+        Raises:
+            ValueError: for an update without preconditioner, or fewer than two blocks.
+        """
+        with self.evaluation(model):
+            return token_standard_errors(
                 model,
                 rollout,
                 update_batch.rollout,
                 update,
-                token_coefficients=update_batch.token_coefficients,
-                gradient_scale=update_batch.gradient_scale,
-                base=scores.base,
-                baseline=baseline_of(self, scores),
-                clusters=scores.clusters,
-                **self.estimate,
-                **self.scoring,
+                blocks=blocks,
+                update_base=update_base,
+                method=self.method,
+                **self._attributing(update_batch, scores),
             )
+
+    def _attributing(self, update_batch: UpdateBatch, scores: ProbeScores) -> dict[str, Any]:
+        """What every kind of attribution is told of loss, estimate and scoring."""
+        return {
+            "token_coefficients": update_batch.token_coefficients,
+            "gradient_scale": update_batch.gradient_scale,
+            "base": scores.base,
+            "baseline": baseline_of(self, scores),
+            "clusters": scores.clusters,
+            **self.estimate,
+            **self.scoring,
+        }
 
     def _score(
         self,

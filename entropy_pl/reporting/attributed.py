@@ -24,10 +24,10 @@ DECILES = 10
 CONTEXT = 40  # characters before a token that go with it into the record
 TOTALS = ("momentum", "weight_decay", "tokens", "remainder", "first_order")
 POSITIVE, NEGATIVE, ZERO = "positive_advantage", "negative_advantage", "zero_advantage"
-OF_TOKENS = ("values", "logp", "entropy", "advantages", "sequence", "position")
+OF_TOKENS = ("values", "logp", "entropy", "advantages", "sequence", "position", "stderr")
 OF_SEQUENCES = ("sequence_values", "sequence_stderr", "matrix")
 ARRAYS = (*OF_TOKENS, *OF_SEQUENCES)
-MAY_BE_NONE = ("advantages", "sequence_stderr", "matrix")
+MAY_BE_NONE = ("advantages", "stderr", "sequence_stderr", "matrix")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,7 @@ class AttributedTokens:
         sequence_stderr: its standard error over the E-batch, ``[N]``, nats; None: not computed.
         matrix: influence of each U-completion on each E-completion, ``[N_E, N]``, nats, whose mean over E is
             ``sequence_values``; None: not computed.
+        stderr: standard error of each token's value over the E-batch, ``[n]``, nats; None: not computed.
         totals: nats of the step by component: ``momentum``, ``weight_decay``, ``tokens``, ``remainder`` and their sum
             ``first_order``, as many of them as are known.
 
@@ -74,6 +75,7 @@ class AttributedTokens:
     sequence_values: Floats = field(repr=False)
     sequence_stderr: Floats | None = field(default=None, repr=False)
     matrix: Floats | None = field(default=None, repr=False)
+    stderr: Floats | None = field(default=None, repr=False)
     totals: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -171,7 +173,7 @@ class AttributedTokens:
             ``by_decile``: ten dicts of ``logp_low`` and ``logp_high`` (the least and the largest log π, None for an
             empty one), ``tokens`` and the sum of values by the same names (``all`` without advantages);
             ``top_tokens``: dicts of ``text``, ``context`` (what stands before it), ``sequence``, ``position``,
-            ``value``, ``logp``, ``entropy`` and ``advantage`` (None: not known).
+            ``value``, ``stderr``, ``logp``, ``entropy`` and ``advantage`` (None: not known).
         """
         deciles, sums = self.deciles(), self.by_sign_and_decile()
         by_decile: list[Record] = []
@@ -192,6 +194,7 @@ class AttributedTokens:
                 "sequence": int(self.sequence[i]),
                 "position": int(self.position[i]),
                 "value": float(self.values[i]),
+                "stderr": None if self.stderr is None else float(self.stderr[i]),
                 "logp": float(self.logp[i]),
                 "entropy": float(self.entropy[i]),
                 "advantage": None if self.advantages is None else float(self.advantages[i]),

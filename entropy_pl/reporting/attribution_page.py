@@ -180,7 +180,7 @@ def _top(tokens: AttributedTokens) -> list[Record]:
             "context": visible(tokens.context(i)),
             "text": visible(shortened(tokens.text[i], 40)),
             "colour": colours[i],
-            "value": _signed(tokens.values[i]),
+            "value": _of_token(tokens, i),
             "probability": f"{math.exp(tokens.logp[i]):.3g}",
             "entropy": f"{tokens.entropy[i]:.3g}",
             "advantage": _advantage(tokens, i),
@@ -227,7 +227,7 @@ def _groups(tokens: AttributedTokens, shown: list[int]) -> list[Record]:
 
 def _token(tokens: AttributedTokens, index: int, colour: str) -> Record:
     numbers = [
-        f"{_signed(tokens.values[index])} nats",
+        f"{_of_token(tokens, index)} nats",
         f"log π {tokens.logp[index]:.3g}",
         f"H {tokens.entropy[index]:.3g}",
         f"A {_advantage(tokens, index)}",
@@ -265,6 +265,11 @@ def _legend(tokens: AttributedTokens) -> list[Record]:
 
 def _advantage(tokens: AttributedTokens, index: int) -> str:
     return "–" if tokens.advantages is None else _minus(f"{tokens.advantages[index]:+.2f}")
+
+
+def _of_token(tokens: AttributedTokens, index: int) -> str:
+    value = _signed(tokens.values[index])
+    return value if tokens.stderr is None else f"{value} ± {tokens.stderr[index]:.1e}"
 
 
 def _with_error(tokens: AttributedTokens, row: int) -> str:

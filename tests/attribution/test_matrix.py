@@ -8,15 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from steps import N, Passes, direction_of_sequence, random_rollout, take_steps
+from steps import N, Passes, T, direction_of_sequence, take_steps
+from tiny import build_tokenizer
 
-from entropy_pl import token_stats, token_stats_jvp
+from entropy_pl import Rollout, sample_completions, token_stats, token_stats_jvp
 from entropy_pl.attribution import attribute_update, influence_matrix, influence_matrix_cost
 from entropy_pl.estimators import first_order_delta_entropy
 from entropy_pl.policy.precision import float64_evaluation
+from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.updates import UpdateVector
 
-ROWS = 40  # of E: the error bars leave out terms smaller by 1/√40
+ROWS = 40  # of E, of ten prompts: the error bars leave out terms smaller by 1/√40
 OPTIONS = [
     {"normalize": n, "weighting": w}
     for n, w in itertools.product(("per_token", "per_sequence"), ("prefix", "sequence"))
@@ -27,7 +29,16 @@ IDS = ["-".join(options.values()) for options in OPTIONS]
 @pytest.fixture(scope="module")
 def step():
     made = take_steps(loss_type="dapo", max_norm=0.05, beta=0.1, steps=3, updates_per_rollout=3)
-    return replace(made, e=random_rollout(ROWS, 1, seed=100))
+    return replace(made, e=sampled(made.model))
+
+
+def sampled(model) -> Rollout:
+    """E drawn from the policy, so that the means of its scores are noise about zero; six of 20 tokens end it."""
+    tokenizer = build_tokenizer("0123456789+-=*()")
+    prompts = [f"{i // 4 // 4}+{i // 4 % 4}=" for i in range(ROWS)]
+    model.generation_config.eos_token_id = [1, *range(4, 9)]
+    with isolated_rng(3):
+        return sample_completions(model, tokenizer, prompts, max_new_tokens=T)
 
 
 @pytest.fixture(scope="module")
@@ -99,40 +110,38 @@ def test_columns_add_up_to_the_attribution(step, options, integrand):
 def test_error_bars(step, along, options, clustered):
     """They differ from the exact ones by no more than the error bar of the term that is left out.
 
-    That is Σ_k λ̄_k (c_ik − c̄_k)/T̄, the noise of the means λ̄ of the tangents of the log weights; two standard deviations
-    differ by no more than that of the difference, so the bound is strict.
+    That is Σ_k λ̄_k (c_ik − c̄_k)/T̄, the noise of the means λ̄ of the tangents of the log weights. Two standard deviations
+    differ by no more than that of the difference, so the bound holds to rounding.
     """
     base, tangents = along
-    clusters = torch.arange(ROWS) // 4 if clustered else None
+    clusters = torch.arange(ROWS) // 4 if clustered else list(range(ROWS))
     found = matrix(step, clusters=clusters, **options)
     per_token = options["normalize"] == "per_token"
     mask = base.mask.double()
-    x = base.entropy
-    centre = x.sum() / mask.sum() if per_token else 0.0
-    c = x - centre * mask
+    centre = base.entropy.sum() / mask.sum() if per_token else 0.0
+    c = base.entropy - centre * mask
     for u, tangent in enumerate(tangents):
         exact = first_order_delta_entropy(base, tangent, clusters=clusters, **options).stderr
-        cumulative = tangent.logp.cumsum(1)
-        weight = (
-            cumulative - tangent.logp if options["weighting"] == "prefix" else cumulative[:, -1:].expand_as(cumulative)
-        )
+        weight = tangent.logp.cumsum(1)
+        weight = weight - tangent.logp if options["weighting"] == "prefix" else weight[:, -1:].expand_as(weight)
         left_out = (weight.mean(0) * (c - c.mean(0))).sum(1) / (mask.sum(1).mean() if per_token else 1.0)
         groups = left_out.view(-1, 4).sum(1) if clustered else left_out
         count = len(groups)
         size = math.sqrt(count / (count - 1) * float(groups.square().sum())) / ROWS
-        assert abs(float(found.stderr[u]) - exact) <= size * (1 + 1e-9)
-        assert size < 0.35 * exact  # 1/√40 = 0.16, or 1/√10 = 0.32 of 10 prompts: a term of lower order
         assert exact > 0
+        assert abs(float(found.stderr[u]) - exact) <= size * (1 + 1e-9)
+        # A term of lower order: 1/√40 is 0.16, entering in quadrature, and 1/√10, of ten prompts, 0.32.
+        assert float(found.stderr[u]) == pytest.approx(exact, rel=0.32 if clustered else 0.1)
 
 
 def test_what_the_quotient_adds_is_needed(step, along):
-    """Without the noise of ĥ and of the mean length some column's error bar would be off by more."""
+    """Without the noise of ĥ and of the mean length the error bars are further off."""
     base, tangents = along
-    found = matrix(step)
-    exact = [first_order_delta_entropy(base, tangent).stderr for tangent in tangents]
+    found = matrix(step, clusters=list(range(ROWS)))
+    exact = torch.tensor([first_order_delta_entropy(base, tangent).stderr for tangent in tangents])
     naive = found.values.std(0) / math.sqrt(ROWS)
-    with_it, without = ((bars - torch.tensor(exact)).abs().mean() for bars in (found.stderr, naive))
-    assert with_it < without
+    with_it, without = (float(((bars - exact) / exact).abs().mean()) for bars in (found.stderr, naive))
+    assert with_it < 0.6 * without
 
 
 @pytest.mark.parametrize("block", [1, 3, N])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from processes import run_processes
 from steps import N, take_steps
@@ -65,89 +64,86 @@ def numbers(found: Attribution) -> dict[str, Any]:
         "mask": found.stats.mask.tolist(),
         **{name: getattr(found, name) for name in ("momentum", "weight_decay", "gradient", "first_order")},
         **found.remainder,
-        **{name: (bar.influence, bar.jackknife) for name, bar in found.over_e.items()},
+        **{f"over E of {name}": (bar.influence, bar.jackknife) for name, bar in found.over_e.items()},
         "over_u": found.over_u and (found.over_u.influence, found.over_u.jackknife),
     }
 
 
-def work(rank: int, u_rows: tuple[list[int], list[int]], given: bool, options: dict[str, Any]) -> dict[str, Any]:
-    return numbers(attribute(rank, u_rows, given, **options))
+CASES = {
+    "uneven": (([0, 1], [2, 3, 4, 5]), False, {}),
+    "the first without U": (([], list(range(N))), True, {"method": "central_difference", "weighting": "sequence"}),
+    "the second without U": (
+        (list(range(N)), []),
+        False,
+        {"method": "central_difference", "normalize": "per_sequence"},
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("u_rows", "given", "options"),
-    [
-        (([0, 1], [2, 3, 4, 5]), False, {}),
-        (([], list(range(N))), True, {"method": "central_difference", "weighting": "sequence"}),
-        ((list(range(N)), []), False, {"method": "central_difference", "normalize": "per_sequence"}),
-    ],
-    ids=["uneven", "the first without U", "the second without U"],
-)
-def test_together_is_as_alone(tmp_path, u_rows, given, options):
+def work(rank: int) -> dict[str, dict[str, Any]]:
+    return {case: numbers(attribute(rank, u_rows, given, **more)) for case, (u_rows, given, more) in CASES.items()}
+
+
+def test_together_is_as_alone(tmp_path):
     """Both processes have the same result, that of one on the whole batches, to 1e-9 (float64: 1e-13 a sum)."""
-    expected = numbers(attribute(None, u_rows, given, **options))
-    first, second = run_processes(work, 2, tmp_path, u_rows, given, options)
+    first, second = run_processes(work, 2, tmp_path)
     assert first == second
-    # What is nearly zero beside the whole, and differences, which divide rounding by 1e-3.
-    small = 1e-9 * abs(expected["first_order"])
-    assert first.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            torch.tensor(first[name]), torch.tensor(value), rtol=1e-9, atol=small, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    for case, (u_rows, given, more) in CASES.items():
+        expected = numbers(attribute(None, u_rows, given, **more))
+        assert first[case].keys() == expected.keys()
+        # What is nearly zero beside the whole, and differences, which divide rounding by 1e-3.
+        small = 1e-9 * abs(expected["first_order"])
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                torch.tensor(first[case][name]),
+                torch.tensor(value),
+                rtol=1e-9,
+                atol=small,
+                msg=lambda m, where=(case, name): f"{where}: {m}",
+            )
 
 
-def broken(rank: int, how: str, at: int) -> str:
-    """What rank 1 fails of, or that it fails after so many passes; what each of them says."""
-    passes = []
+# What rank 1 fails of, or after how many passes; what it then says.
+FAILURES = {
+    "nan": "NonFiniteError: expected finite logits",
+    "shape": "ValueError: expected token_coefficients of the U-batch's shape",
+    1: "MemoryError: no room after scoring E",
+    2: "MemoryError: no room after gradient of H",
+    5: "MemoryError: no room after tangents",
+    8: "MemoryError: no room after tangents",  # the last pass of all
+}
 
-    def interrupt(phase: str) -> None:
-        passes.append(phase)
-        if rank == 1 and len(passes) == at:
-            raise MemoryError(f"no room after {phase}")
 
+def fail(rank: int) -> list[str]:
+    """What a process says of each failure, one after another: they stay in step."""
+    said = []
+    for failure in FAILURES:
+        passes = []
+
+        def interrupt(phase: str, failure=failure, passes=passes) -> None:
+            passes.append(phase)
+            if rank == 1 and len(passes) == failure:
+                raise MemoryError(f"no room after {phase}")
+
+        breaks = failure if rank == 1 and isinstance(failure, str) else None
+        options = {"on_pass": interrupt, "method": "central_difference"}
+        said.append(outcome(rank, breaks=breaks, **options))
+    # Of one prompt nothing can be said of others: no error bar over E, anywhere.
+    return [*said, outcome(rank, clusters=torch.zeros(8, dtype=torch.long))]
+
+
+def outcome(rank: int, **options: Any) -> str:
     try:
-        attribute(
-            rank,
-            ([0, 1], [2, 3, 4, 5]),
-            False,
-            how if rank == 1 else None,
-            on_pass=interrupt,
-            method="central_difference",
-        )
+        attribute(rank, ([0, 1], [2, 3, 4, 5]), False, **options)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "attributed"
 
 
-@pytest.mark.parametrize(
-    ("how", "at", "said"),
-    [
-        ("nan", 0, "NonFiniteError: expected finite logits"),
-        ("shape", 0, "ValueError: expected token_coefficients of the U-batch's shape"),
-        ("interrupted", 1, "MemoryError: no room after scoring E"),
-        ("interrupted", 2, "MemoryError: no room after gradient of H"),
-        ("interrupted", 5, "MemoryError: no room after tangents"),
-        ("interrupted", 8, "MemoryError: no room after tangents"),  # the very last
-    ],
-    ids=["nan", "shape", "scoring", "gradient", "tangents of U", "last tangents of E"],
-)
-def test_a_failure_reaches_the_other(tmp_path, how, at, said):
-    first, second = run_processes(broken, 2, tmp_path, how, at)
-    assert second.startswith(said)
-    assert first.startswith(f"PeerError: process 1 failed: {said}")
-
-
-def test_an_error_that_all_make_is_everyones(tmp_path):
-    """E's completions are all of one prompt, which says nothing of others: no error bar, and nobody waits."""
-    first, second = run_processes(one_prompt, 2, tmp_path)
-    assert first == second
-    assert first.startswith("ValueError: expected at least 2 clusters for an error bar, got 1")
-
-
-def one_prompt(rank: int) -> str:
-    try:
-        attribute(rank, ([0, 1], [2, 3, 4, 5]), False, clusters=torch.zeros(8, dtype=torch.long))
-    except ValueError as error:
-        return f"{type(error).__name__}: {error}"
-    return "attributed"
+def test_a_failure_reaches_the_other(tmp_path):
+    first, second = run_processes(fail, 2, tmp_path)
+    for mine, theirs, said in zip(second, first, FAILURES.values(), strict=False):
+        assert mine.startswith(said)
+        assert theirs.startswith(f"PeerError: process 1 failed: {said}")
+    assert first[-1] == second[-1]
+    assert first[-1].startswith("ValueError: expected at least 2 clusters for an error bar, got 1")

@@ -31,13 +31,14 @@ from entropy_pl.rollout import Rollout
 from entropy_pl.updates import UpdateRecorder, UpdateVector
 
 LR = 5e-3
+CHOICE = 5  # a seed with which Clip-Cov takes a token that the ratio's clipping has left a gradient
 NAMES = [*INTERVENTIONS, "no_momentum", "unchanged"]
 
 
 @register_reward("test_causes_digits")
 def digits(completion: str, answer: str) -> float:
     """Differs almost surely within a group."""
-    return sum(c.isdigit() for c in completion) / max(1, len(completion)) + 0.01 * len(answer)
+    return 0.9 * sum(c.isdigit() for c in completion) / max(1, len(completion)) + 0.01 * len(answer)
 
 
 def policy() -> Policy:
@@ -60,6 +61,7 @@ def grpo(**options: Any) -> GRPOModule:
         "rewards": ["test_causes_digits"],
         "optimizer": partial(torch.optim.AdamW, lr=LR, weight_decay=0.1),
         "max_grad_norm": 0.05,
+        "clip_high": 0.02,
         "kl_coefficient": 0.1,
         "updates_per_rollout": 2,
     }
@@ -132,7 +134,7 @@ class Intervening(Callback):
                     loss, gradient.advantage, gradient.temperature, gradient.max_batch_tokens, gradient.dtype
                 )
                 with torch.random.fork_rng():
-                    torch.manual_seed(0)
+                    torch.manual_seed(CHOICE)
                     batch = pl_module.policy_gradient.prepared(
                         pl_module.model,
                         batch.rollout,
@@ -158,7 +160,7 @@ def test_a_counterfactual_is_the_step_that_such_a_run_takes(tmp_path, name):
         batch = module.update_batch()
         assert batch is not None
         with recorder.at_theta_before(), evaluation(module.model), torch.random.fork_rng():
-            torch.manual_seed(0)
+            torch.manual_seed(CHOICE)
             found["imagined"] = counterfactual_update(
                 module.model, batch, name, recorder.step_with, dtype=torch.float32
             )
@@ -178,13 +180,8 @@ def test_a_counterfactual_is_the_step_that_such_a_run_takes(tmp_path, name):
 
 
 def test_the_record_of_a_grpo_run(tmp_path):
-    callback = probe(counterfactuals=["unchanged", "negative_only"], influence_matrix=True)
-    seen: dict[str, Any] = {}
-
-    def look(module: GRPOModule, recorder: UpdateRecorder) -> None:
-        seen["update"], seen["theta"] = recorder.update, {k: v.clone() for k, v in recorder.theta_before.items()}
-
-    trainer = fit(grpo(), tmp_path, callback, AtStep(3, look))
+    callback = probe(counterfactuals=["unchanged", "negative_only"], influence_matrix=True, token_error_blocks=4)
+    trainer = fit(grpo(), tmp_path, callback)
     record = callback.records[1]
     assert record["absent"] == {}
     found = record["attribution"]
@@ -211,6 +208,7 @@ def test_the_record_of_a_grpo_run(tmp_path):
     assert tokens.values.sum() == pytest.approx(LR * found["tokens"]["value"])
     assert tokens.matrix.mean(0) == pytest.approx(tokens.sequence_values, rel=1e-2, abs=1e-6)
     assert (tokens.sequence_stderr > 0).all()
+    assert (tokens.stderr[tokens.values != 0] > 0).all()
     page = (folder / "attribution" / "step_000003.html").read_text()
     assert "optimizer step 3" in page
     assert {"components.png", "exchange_rate.png", "delta_entropy.png"} <= {p.name for p in folder.iterdir()}
@@ -221,6 +219,36 @@ def test_the_record_of_a_grpo_run(tmp_path):
     wanted += ["delta_j_true", "exchange_rate", "predictors/cui/pearson", "counterfactuals/negative_only/delta_h"]
     assert {f"entropy_probe/{name}" for name in wanted} <= tags
     assert json.loads((folder / "records.jsonl").read_text().splitlines()[1])["attribution"] == found
+
+
+def test_the_run_does_not_notice(tmp_path):
+    """Weights, optimizer, gradients and random streams of a run that looks for everything, to the bit."""
+
+    class Ends(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: GRPOModule) -> None:
+            named = dict(pl_module.model.named_parameters())
+            self.state = {f"weights {n}": p.detach().clone() for n, p in named.items()}
+            self.state |= {f"gradients {n}": p.grad.clone() for n, p in named.items() if p.grad is not None}
+            for i, state in enumerate(trainer.optimizers[0].state_dict()["state"].values()):
+                self.state |= {f"optimizer {i} {k}": v.clone() for k, v in state.items()}
+            self.state["torch"] = torch.get_rng_state()
+            self.metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
+
+    ends = []
+    for name, everything in (("with", {"counterfactuals": NAMES, "token_error_blocks": 3}), ("without", None)):
+        torch.manual_seed(1)
+        end = Ends()
+        attached = [probe(every_n_steps=1, influence_matrix=True, **everything)] if everything else []
+        fit(grpo(), tmp_path / name, *attached, end)
+        ends.append(end)
+        if attached:
+            assert [r["status"] for r in attached[0].records] == ["ok"] * 4
+            assert all(not r["absent"] for r in attached[0].records)
+    probed, plain = ends
+    assert probed.state.keys() == plain.state.keys()
+    for name, value in plain.state.items():
+        assert torch.equal(value, probed.state[name]), name
+    assert probed.metrics == plain.metrics
 
 
 def test_rewards_are_those_of_the_completions(tmp_path, monkeypatch):
@@ -306,5 +334,9 @@ def test_options_out_of_range():
         Exception, match=r"expected counterfactuals out of .*'clip_hihger'; did you mean 'clip_higher'\?"
     ):
         probe(counterfactuals=["clip_hihger"])
+    with pytest.raises(Exception, match="expected token_error_blocks of at least 2, or 0 for none, got 1"):
+        probe(token_error_blocks=1)
+    with pytest.raises(Exception, match="expected attribution: true with influence_matrix"):
+        probe(attribution=False, influence_matrix=True)
     with pytest.raises(Exception, match="expected reward as a function of prompts and completions, got str"):
         probe(reward="accuracy")

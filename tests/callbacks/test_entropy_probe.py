@@ -268,7 +268,7 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
 
 
 def test_what_goes_wrong_before_the_step_is_recorded_too(tmp_path, monkeypatch):
-    def out_of_memory(self: Any) -> None:
+    def out_of_memory(self: Any, moments: bool = False) -> None:
         raise torch.OutOfMemoryError("no room for a copy of θ")
 
     monkeypatch.setattr(UpdateRecorder, "snapshot", out_of_memory)

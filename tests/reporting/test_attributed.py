@@ -121,6 +121,7 @@ def test_summary_is_strict_json_of_the_same_numbers(tokens):
         "sequence": batch.sequence[index],
         "position": batch.position[index],
         "value": batch.values[index],
+        "stderr": None if batch.stderr is None else batch.stderr[index],
         "logp": batch.logp[index],
         "entropy": batch.entropy[index],
         "advantage": batch.advantages[index],
