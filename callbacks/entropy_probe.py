@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from entropy_pl.attribution import UpdateBatch
 from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizer, find_policy, find_tokenizer, refuse_sharded
 from entropy_pl.callbacks.causes import RunSources
 from entropy_pl.callbacks.door import Attachment, ProbeDoor
@@ -45,6 +48,7 @@ class EntropyProbeCallback(ProbeDoor, Callback):
 
     refusal = MisconfigurationException
     _trainer: Trainer | None = None
+    _unclipped: Tensor | None = None  # norm of the gradient of the step under way
 
     @property
     def state_key(self) -> str:
@@ -93,9 +97,11 @@ class EntropyProbeCallback(ProbeDoor, Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Note that a step begins."""
+        """Note that a step begins, and, of one to be probed, the gradient's norm."""
         if self._watched is not None and inner_optimizer(optimizer) is inner_optimizer(self._watched):
             self._attempt()
+            due = pl_module.automatic_optimization and self._step is not None and self.is_due(self._step)
+            self._unclipped = _gradient_norm(optimizer) if due else None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """A step that has not ended by now was skipped."""
@@ -127,10 +133,33 @@ class EntropyProbeCallback(ProbeDoor, Callback):
             getattr(pl_module, "temperature", None),
             getattr(pl_module, "max_new_tokens", None),
             peers,
-            RunSources(getattr(pl_module, "update_batch", None), getattr(pl_module, "rewards_of", None)),
+            self._sources(trainer, pl_module),
         )
         optimizer = find_optimizer(trainer.optimizers, policy, self._optimizer)
         return Attachment(session, optimizer, self.directory(trainer), lambda: _sinks(trainer.loggers))
+
+    def _sources(self, trainer: Trainer, pl_module: LightningModule) -> RunSources:
+        """What the module says of itself, where it does."""
+        supply: Any = getattr(pl_module, "update_batch", None)
+        rewards = getattr(pl_module, "rewards_of", None)
+        if supply is None:
+            return RunSources(None, rewards)
+
+        def update_batch() -> UpdateBatch | None:
+            batch = supply()
+            if batch is not None and not isinstance(batch, UpdateBatch):
+                raise TypeError(
+                    f"expected {type(pl_module).__name__}.update_batch() to return an entropy_pl.attribution."
+                    f"UpdateBatch or None, got {type(batch).__name__}"
+                )
+            if batch is None or batch.gradient_scale is not None or self._unclipped is None:
+                return batch
+            if trainer.gradient_clip_val is None or trainer.gradient_clip_algorithm == "value":
+                return replace(batch, gradient_scale=1.0)
+            unclipped = float(self._unclipped)
+            return replace(batch, gradient_scale=float(_gradient_norm(self._watched)) / unclipped if unclipped else 1.0)
+
+        return RunSources(update_batch, rewards)
 
     def _reward(self) -> float | None:
         assert self._trainer is not None
@@ -160,6 +189,11 @@ class LoggerSink(Sink):
         """Log a picture, if the logger can."""
         if hasattr(self._logger, "log_image"):
             self._logger.log_image(key=tag, images=[draw()], step=step)
+
+
+def _gradient_norm(optimizer: Any) -> Tensor:
+    parameters = (p for group in inner_optimizer(optimizer).param_groups for p in group["params"])
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def _sinks(loggers: Sequence[Logger]) -> list[Sink]:

@@ -26,7 +26,8 @@ class UpdateBatch:
         rollout: all completions behind the step, ``[N, P]`` and ``[N, T]``.
         token_coefficients: ∂L/∂log π(t_ik) at the θ of before the step, ``[N, T]``, of the loss L whose gradient the
             optimizer was given, before clipping.
-        gradient_scale: the factor that clipping by norm put on that gradient.
+        gradient_scale: the factor that clipping by norm put on that gradient. None, under automatic optimization in
+            Lightning: the probe takes it from the step, the gradient's norm after clipping over the one before.
         entropy_coefficients: ∂L/∂h_ik, ``[N, T]``, where the loss has an entropy term.
         divided_by: what the loss is divided by, the number of its ``completions`` or of their ``tokens``; for the error
             bar over U.
@@ -44,7 +45,7 @@ class UpdateBatch:
 
     rollout: Rollout
     token_coefficients: Tensor = field(repr=False)
-    gradient_scale: float = 1.0
+    gradient_scale: float | None = 1.0
     entropy_coefficients: Tensor | None = field(default=None, repr=False)
     divided_by: Divisor = "completions"
     advantages: Tensor | None = field(default=None, repr=False)

@@ -235,6 +235,11 @@ class EntropyProbe(ProbeSettings):
 
     def _attributing(self, update_batch: UpdateBatch, scores: ProbeScores) -> dict[str, Any]:
         """What every kind of attribution is told of loss, estimate and scoring."""
+        if update_batch.gradient_scale is None:
+            raise ValueError(
+                "expected a U-batch with the factor that clipping put on its gradient, got gradient_scale=None, which "
+                "can be found out under automatic optimization in Lightning alone: give it, or 1.0 without clipping"
+            )
         return {
             "token_coefficients": update_batch.token_coefficients,
             "gradient_scale": update_batch.gradient_scale,

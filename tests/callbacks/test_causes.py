@@ -315,6 +315,60 @@ def test_a_source_that_fails_costs_nothing_else(tmp_path):
     assert record["absent"]["reward"] == "the run could not reward E's completions. RuntimeError: no judge"
 
 
+class ForeignPolicyGradient(ForeignModule):
+    """Somebody's REINFORCE under automatic optimization, clipped by the Trainer, that supplies its U-batch."""
+
+    scale: float | None = None
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        mask = torch.ones(len(batch), 5, dtype=torch.bool)
+        self.rollout = Rollout(batch[:, :3], mask[:, :3], batch[:, 3:], mask)
+        logits = self.policy(input_ids=batch).logits[:, 2:-1]
+        logp = logits.log_softmax(-1).gather(2, batch[:, 3:, None])[..., 0]
+        advantages = torch.linspace(-1, 1, len(batch))
+        self.coefficients = (-advantages[:, None] / mask.sum()).expand_as(logp)
+        return (logp * self.coefficients).sum()
+
+    def update_batch(self) -> UpdateBatch:
+        return UpdateBatch(self.rollout, self.coefficients, gradient_scale=self.scale)
+
+
+def foreign_remainder(tmp_path: Path, scale: float | None, **options: Any) -> tuple[float, float]:
+    """What is left unexplained of the gradient's part, and that part."""
+    module, callback = ForeignPolicyGradient(), foreign_probe()
+    module.scale = scale
+    fit_foreign(module, tmp_path, callback, steps=3, **options)
+    record = callback.records[1]
+    assert record["absent"].keys() == {"reward", "predictors"}, record["absent"]
+    return record["attribution"]["remainder"]["gradient"], record["attribution"]["gradient"]["value"]
+
+
+def test_the_factor_of_clipping_is_taken_from_the_step(tmp_path):
+    """None: ‖g‖ after clipping over ‖g‖ before. 2e-3: float32 gradients, and U's tangents by central differences."""
+    left, part = foreign_remainder(tmp_path / "measured", None, gradient_clip_val=1e-3)
+    assert abs(left) < 2e-3 * abs(part)
+    left, part = foreign_remainder(tmp_path / "wrong", 1.0, gradient_clip_val=1e-3)
+    assert abs(left) > 2 * abs(part)  # not absorbed: it shows
+    left, part = foreign_remainder(tmp_path / "unclipped", None, gradient_clip_val=None)
+    assert abs(left) < 2e-3 * abs(part)
+    value = {"gradient_clip_val": 1e-5, "gradient_clip_algorithm": "value"}
+    left, part = foreign_remainder(tmp_path / "by value", None, **value)
+    assert abs(left) > 2e-2 * abs(part)
+
+
+def test_something_else_than_a_u_batch(tmp_path):
+    class Mistaken(ForeignModule):
+        def update_batch(self) -> dict[str, int]:
+            return {"rows": 3}
+
+    callback = foreign_probe()
+    fit_foreign(Mistaken(), tmp_path, callback, steps=3)
+    assert callback.records[1]["absent"]["attribution"] == (
+        "the run could not supply its U-batch. TypeError: expected Mistaken.update_batch() to return an "
+        "entropy_pl.attribution.UpdateBatch or None, got dict"
+    )
+
+
 def test_a_reward_of_ones_own(tmp_path):
     asked: list[str] = []
 
