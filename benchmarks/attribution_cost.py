@@ -1,11 +1,11 @@
 """What attribution costs: an update of 128 completions, measured on 256, in scoring passes and in memory.
 
-    python benchmarks/attribution_cost.py --policy path/to/policy --data path/to/gsm8k [--cache folder]
+    python benchmarks/attribution_cost.py --policy path/to/policy --data path/to/gsm8k [--cache folder] [--threads 1]
 
-A LoRA policy takes two AdamW steps on completions of its own to GSM8K prompts (configs/grpo_gsm8k.yaml's sizes; random
-advantages: the cost does not depend on them), and the second is attributed. The unit is one plain scoring pass over E
-and U together, in the same run. Memory is the peak beside the run's, each in a process of its own, since what one call
-has freed the next one finds. Sampling takes longest: --cache keeps the completions.
+A LoRA policy (configs/grpo_gsm8k.yaml's sizes) takes an AdamW step, and it is attributed to completions of the policy's
+own to GSM8K prompts. The unit is one plain scoring pass over E and U together, in the same run. Memory is the peak
+beside the run's, each in a process of its own, since what one call has freed the next one finds. Sampling takes long:
+--cache keeps the completions. On a busy machine say --threads 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from entropy_pl import (
     PromptDataModule,
@@ -55,8 +55,9 @@ def main() -> None:
     console = Console()
     model, e, u = build(options)
     console.print(f"E: {described(e)}; U: {described(u)}; {torch.get_num_threads()} threads")
-    console.print(times(options, model, e, u))
-    console.print(memory(options))
+    for part, table in (("times", lambda: times(options, model, e, u)), ("memory", lambda: memory(options))):
+        if part in options.parts:
+            console.print(table())
 
 
 def arguments() -> argparse.Namespace:
@@ -64,9 +65,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--policy", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--cache", type=Path, default=None)
+    parser.add_argument("--parts", nargs="+", choices=["times", "memory"], default=["times", "memory"])
     for name, value in {"e": 256, "prompts": 16, "generations": 8, "tokens": 150, "repeats": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
@@ -99,75 +100,75 @@ def described(rollout: Rollout) -> str:
     )
 
 
-def step(model: nn.Module, u: Rollout, weight_decay: float) -> tuple[UpdateVector, Tensor]:
-    """The second of two AdamW steps along −Σ A log π/(N T_i), clipped by nothing; θ is that of before it."""
+def step(model: nn.Module, u: Rollout, weight_decay: float) -> UpdateVector:
+    """The second of two AdamW steps, on the first eight completions: the cost does not depend on its gradient."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=3e-4, weight_decay=weight_decay)
-    advantages = torch.randn(len(u), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    lengths = u.completion_lengths.clamp(min=1)
-    coefficients = -(advantages / lengths / len(u))[:, None] * u.completion_mask
-    stats = TokenStats(coefficients, torch.zeros_like(coefficients), u.completion_mask)
+    few = u.select(torch.arange(8))
     for _ in range(2):
         before = {name: p.detach().clone() for name, p in trainable.items()}
-        for name, gradient in weighted_gradient(model, u, stats, trainable).items():
+        for name, gradient in weighted_gradient(model, few, summed(few), trainable).items():
             trainable[name].grad = gradient
         with record_update(model, optimizer) as recorder:
             optimizer.step()
     for name, parameter in trainable.items():
         parameter.data = before[name]
         parameter.grad = None
-    return recorder.update, coefficients
+    return recorder.update
+
+
+def summed(rollout: Rollout) -> TokenStats:
+    """Coefficients of Σ log π over all tokens."""
+    mask = rollout.completion_mask
+    return TokenStats(mask.double(), torch.zeros(mask.shape, dtype=torch.float64), mask)
 
 
 def times(options: argparse.Namespace, model: nn.Module, e: Rollout, u: Rollout) -> Table:
-    update, coefficients = step(model, u, options.weight_decay)
-    decayed, of_decayed = step(model, u, 0.01)
+    update, decayed = (step(model, u, weight_decay) for weight_decay in (0.0, 0.01))
+    coefficients = summed(u).logp / u.completion_mask.sum()
     base, tangent = token_stats_jvp(model, e, update)
     seconds: dict[str, float] = {}
     phases: dict[str, dict[str, float]] = {}
 
-    def attribute(label: str, v: UpdateVector, of_tokens: Tensor, **given: Any) -> None:
+    def attribute(label: str, v: UpdateVector, **given: Any) -> None:
         clock = _Clock(phases.setdefault(label, {}))
         with timed(seconds, label, model):
-            attribute_update(model, e, u, v, token_coefficients=of_tokens, on_pass=clock, **given)
+            attribute_update(model, e, u, v, token_coefficients=coefficients, on_pass=clock, **given)
 
-    token_stats(model, e)  # warm
     for _ in range(options.repeats):  # in turn, so that what else the machine does falls on all alike
         with timed(seconds, "unit", model):
             token_stats(model, e)
             token_stats(model, u)
-        attribute("attribute_update, alone", update, coefficients)
-        attribute("attribute_update, alone, with weight decay", decayed, of_decayed)
-        attribute("attribute_update, in a probe", update, coefficients, base=base, tangent=tangent)
+        attribute("attribute_update, alone", update)
+        attribute("  with weight decay", decayed)
+        attribute("  in a probe", update, base=base, tangent=tangent)
     unit = seconds.pop("unit") / options.repeats
     rows = [(label, total / options.repeats, shares(phases[label], total)) for label, total in seconds.items()]
-    passes = influence_matrix_cost(model, len(e), len(u), update)
+    metric = update.preconditioner
     rows.append(
         measured(
             model,
             f"influence_matrix [{len(e)}, {len(u)}]",
             lambda: influence_matrix(model, e, u, update, token_coefficients=coefficients, base=base),
-            str(passes),
+            str(influence_matrix_cost(model, len(e), len(u), update)),
         )
     )
     rows.append(
         measured(
             model,
             f"fisher_kernel [{len(u)}, {len(u)}]",
-            lambda: fisher_kernel(model, u, u, preconditioner=update.preconditioner),
-            str(fisher_kernel_cost(model, u, u, preconditioner=update.preconditioner)),
+            lambda: fisher_kernel(model, u, u, preconditioner=metric),
+            str(fisher_kernel_cost(model, u, u, preconditioner=metric)),
         )
     )
-    ones = TokenStats(u.completion_mask.double(), torch.zeros_like(coefficients), u.completion_mask)
-    count = min(32, len(u))
-    few = torch.arange(count)
 
     def one_by_one() -> None:
-        for _ in sequence_gradients(model, u.select(few), ones.select(few), update.direction):
+        for _ in sequence_gradients(model, few, summed(few), update.direction):
             pass
 
-    label, took, _ = measured(model, f"gradients of {count} single sequences", one_by_one, "")
-    rows.append((label, took, f"{count / took:.0f} a second"))
+    few = u.select(torch.arange(min(32, len(u))))
+    label, took, _ = measured(model, f"gradients of {len(few)} single sequences", one_by_one, "")
+    rows.append((label, took, f"{len(few) / took:.1f} a second"))
     table = Table(title=f"Time; one pass over E and U takes {unit:.2f} s")
     table.add_column("")
     table.add_column("passes", justify="right")
@@ -221,8 +222,8 @@ def added(options: argparse.Namespace, rows: int, what: str) -> int:
     """Peak bytes of one call beyond those in use, the step itself taken before."""
     model, e, u = build(options)
     u = u.select(torch.arange(rows))
-    update, coefficients = step(model, u.select(torch.arange(8)), options.weight_decay)  # few: its peak hides others
-    coefficients = torch.ones(u.completion_mask.shape, dtype=torch.float64) / u.completion_mask.sum()
+    update = step(model, u, 0.0)
+    coefficients = summed(u).logp / u.completion_mask.sum()
     with peak_memory(model_device(model)) as found:
         if what == "score":
             token_stats(model, e)

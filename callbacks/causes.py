@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, compare_predictors, counterfactual_update
-from entropy_pl.callbacks.attributing import attributed_tokens
 from entropy_pl.objectives import counterfactual_names
 from entropy_pl.peers import Peers
 from entropy_pl.policy.rng import derived_seed, isolated_rng
@@ -18,6 +17,7 @@ from entropy_pl.policy.sample import decode_completions
 from entropy_pl.probe import EntropyProbe, ProbeScores
 from entropy_pl.registry import did_you_mean
 from entropy_pl.reporting import AttributedTokens
+from entropy_pl.reporting.attributing import attributed_tokens
 from entropy_pl.reporting.records import Record
 from entropy_pl.rollout import Rollout, prompt_clusters
 from entropy_pl.updates.record import UpdateRecorder
@@ -184,7 +184,7 @@ class CausesOfStep:
             )
             whole = batch.gathered(self.peers)
             matrix, stderr = self._priced_apart(rollout, update, batch, scores, attribution)
-            options = {"step": self.step, "lr": update.lr, "unit": self.probe.normalize}
+            options: dict[str, Any] = {"step": self.step, "lr": update.lr, "unit": self.probe.normalize}
             tokens = attributed_tokens(attribution, whole, self.tokenizer, matrix=matrix, stderr=stderr, **options)
             found: Record = {"attribution": attribution.to_dict() | tokens.summary()}
             if whole.advantages is None:

@@ -11,13 +11,6 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    SingleDeviceStrategy,
-    SingleDeviceXLAStrategy,
-    XLAStrategy,
-)
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matplotlib.figure import Figure
@@ -30,6 +23,7 @@ from entropy_pl.callbacks.door import Attachment, ProbeDoor
 from entropy_pl.callbacks.prompts import find_prompts
 from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
 from entropy_pl.peers import Peers
+from entropy_pl.strategies import holds_whole_policy
 from entropy_pl.updates.steps import inner_optimizer
 
 
@@ -207,10 +201,7 @@ def _sinks(loggers: Sequence[Logger]) -> list[Sink]:
 
 def _sharding(trainer: Trainer) -> str | None:
     """The strategy, unless it is known to leave the policy whole in every process."""
-    strategy = trainer.strategy
-    whole = isinstance(strategy, DDPStrategy | SingleDeviceStrategy)
-    other = isinstance(strategy, DeepSpeedStrategy | XLAStrategy | SingleDeviceXLAStrategy)  # inherit from these
-    return None if whole and not other else type(strategy).__name__
+    return None if holds_whole_policy(trainer.strategy) else type(trainer.strategy).__name__
 
 
 def _update_prompts(trainer: Trainer) -> Any:

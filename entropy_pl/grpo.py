@@ -40,7 +40,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy, XLAStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +64,7 @@ from entropy_pl.policy import (
 )
 from entropy_pl.policy_gradient import PolicyGradient, TrainingBatch, sum_gradients
 from entropy_pl.rollout import TokenStats
+from entropy_pl.strategies import holds_whole_policy
 
 METRICS = (
     "reward",
@@ -489,9 +490,7 @@ class GRPOModule(LightningModule):
 
 
 def _check_strategy(strategy: Strategy) -> None:
-    # DeepSpeed's and XLA's strategies inherit from DDP's, but not what is needed of it
-    ddp = isinstance(strategy, DDPStrategy) and not isinstance(strategy, (DeepSpeedStrategy, XLAStrategy))
-    if not ddp and not isinstance(strategy, SingleDeviceStrategy):
+    if not (holds_whole_policy(strategy) or isinstance(strategy, SingleDeviceStrategy)):
         raise MisconfigurationException(
             f"expected one device, or DDP on several, got {type(strategy).__name__}: GRPOModule wants the whole policy "
             "on every device; set Trainer(strategy='ddp'), or devices=1 and strategy='auto'"

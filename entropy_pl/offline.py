@@ -10,13 +10,13 @@ from rich.console import Console
 
 from entropy_pl.config import SettingsParser, UsageError
 from entropy_pl.measurements import EntropyMeasurements, MeasurementSettings
-from entropy_pl.measurements.results import FIGURE, RESULTS
+from entropy_pl.measurements.results import FIGURE, PAGE, RESULTS, TOKENS
 from entropy_pl.registry import did_you_mean
-from entropy_pl.reporting import sweep_table
+from entropy_pl.reporting import attribution_table, sweep_table
 
 
 def run_measure(words: Sequence[str]) -> None:
-    """Measure once, print the sweep, and say where the results lie.
+    """Measure once, print the sweep and, if asked, who moved the entropy, and say where the results lie.
 
     Raises:
         UsageError: for a bad config, a checkpoint that cannot be used, or batches no estimate can be made of.
@@ -31,11 +31,17 @@ def run_measure(words: Sequence[str]) -> None:
         results = EntropyMeasurements(settings).run_experiments()
     console = Console(soft_wrap=True)
     console.print(sweep_table(results))
+    if results["attribution"] or results["counterfactuals"]:
+        console.print(attribution_table(results))
+    lines = [f"absent   {name}: {why}" for name, why in results["absent"].items()]
     if settings.output_directory is not None:
         folder = Path(settings.output_directory)
-        console.print(f"results  {folder / RESULTS}\nfigure   {folder / FIGURE}", highlight=False, markup=False)
+        lines += [f"results  {folder / RESULTS}", f"figure   {folder / FIGURE}"]
+        lines += [f"tokens   {folder / PAGE} and {folder / TOKENS}"] if results["attribution"] else []
     if settings.detailed_logging.enabled:
-        console.print(f"log      {settings.detailed_logging.output_directory}", highlight=False, markup=False)
+        lines.append(f"log      {settings.detailed_logging.output_directory}")
+    if lines:
+        console.print("\n".join(lines), highlight=False, markup=False)
 
 
 def run_study(words: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import entropy_pl
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # the ground floor first
-    ("version", "registry", "config", "config_messages", "peers", "rollout", "updates", "data"),
+    ("version", "registry", "config", "config_messages", "peers", "strategies", "rollout", "updates", "data"),
     ("estimators", "objectives", "policy"),
     ("groups", "policy_gradient", "attribution", "grpo"),
     ("probe",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from entropy_pl.config import SettingsParser
 from entropy_pl.data.datamodule import PromptDataModule
 from entropy_pl.measurements.batches import draw_e_batch, draw_u_batch, prompt_data
+from entropy_pl.measurements.causes import Causes
 from entropy_pl.measurements.results import ResultsFolder, make_writable, sweep_with_seed_keys, versions
 from entropy_pl.measurements.settings import MeasurementSettings
 from entropy_pl.measurements.training import differences_from_training
@@ -26,6 +28,7 @@ from entropy_pl.policy.precision import matmul_precision
 from entropy_pl.probe import ProbeResult, ProbeScores, timed
 from entropy_pl.reporting import SCHEMA, DetailedLog, MeasuredBatch, Record, config_hash
 from entropy_pl.rollout import Rollout
+from entropy_pl.updates import UpdateVector
 
 OnPass = Callable[[str], None]
 
@@ -39,12 +42,14 @@ class Drawn:
         prompts: of every sequence, ``[N]``.
         update: v, and how it was made.
         seconds: wall time per phase.
+        answers: the reference answer of every sequence, ``[N]``; None where they are not known any more.
     """
 
     rollout: Rollout
     prompts: list[str]
     update: MeasuredUpdate
     seconds: dict[str, float]
+    answers: list[str] | None = None
 
 
 class EntropyMeasurements:
@@ -107,9 +112,12 @@ class EntropyMeasurements:
 
         Returns:
             A JSON-able dict: ``sweep``, one dict per η (``eta``, ``deltaH_true``, ``deltaH_approx`` in nats; ``true``
-            and ``first_order``, the same with standard error, interval, ESS and weight health), ``entropy``,
+            and ``first_order``, the same with standard error, interval, ESS and weight health; ``reward_true`` and
+            ``reward_first_order``, ΔJ(η) and η·δJ₁ of the expected reward J), ``entropy``,
             ``first_order`` (per unit η), ``second_order`` (per unit η²), ``eta_star``, ``symmetric``, ``power_law``
-            (log-log slope and R²), ``update`` and how it was made, ``B_E``, ``B_U``, ``G``, ``timing`` (seconds per
+            (log-log slope and R²), ``expected_reward`` and ``exchange_rate`` (ΔH/ΔJ at η = lr), ``attribution``,
+            ``predictors`` and ``counterfactuals`` where they were asked for, ``absent`` (what was and is not there, and
+            why), ``update`` and how it was made, ``B_E``, ``B_U``, ``G``, ``timing`` (seconds per
             phase, ``total``), ``tokens_per_second``, ``device``, ``versions``, ``config``, ``config_hash``, ``seed``.
 
         Raises:
@@ -140,11 +148,22 @@ class EntropyMeasurements:
                 bar.update()
 
             drawn = self.draw(on_pass=advance)
-            scores = self.score(drawn, on_pass=advance)
+            policy = self.checkpoint.policy
+            causes = Causes(policy.model, policy.tokenizer, settings, drawn.update)
+            assert drawn.answers is not None
+            with timed(seconds, "rewards"):
+                rewards = causes.rewards(drawn.rollout, drawn.answers)
+            others = causes.counterfactuals()
+            scores = self.score(drawn, rewards=rewards, counterfactuals=others, on_pass=advance)
             result = settings.probe().reduce(scores, drawn.update.vector)
+            with timed(seconds, "attribution", policy.model), matmul_precision(settings.precision.products):
+                explained, tokens = causes.attribute(drawn.rollout, scores, advance)
+        if not settings.attribution.enabled:
+            del seconds["attribution"]
         results = self._results(drawn, result, seconds | drawn.seconds | scores.seconds, fingerprint)
+        results |= explained | {"absent": causes.absent}
         if folder is not None:
-            folder.write(results)
+            folder.write(results, tokens)
         if settings.detailed_logging.enabled:
             self._log(drawn, scores, result, results)
         return results
@@ -171,16 +190,41 @@ class EntropyMeasurements:
                 rollout = draw_e_batch(policy, data.e_prompts, settings)
             on_pass("sampling E")
         each = settings.batch_config.completions_per_prompt
-        return Drawn(rollout, [prompt for prompt in data.e_prompts for _ in range(each)], update, seconds)
+        return Drawn(
+            rollout,
+            [prompt for prompt in data.e_prompts for _ in range(each)],
+            update,
+            seconds,
+            [example.answer for example in data.e_examples for _ in range(each)],
+        )
 
     def score(
-        self, drawn: Drawn, settings: MeasurementSettings | None = None, *, on_pass: OnPass = lambda phase: None
+        self,
+        drawn: Drawn,
+        settings: MeasurementSettings | None = None,
+        *,
+        rewards: Tensor | None = None,
+        counterfactuals: Iterable[tuple[str, UpdateVector]] = (),
+        on_pass: OnPass = lambda phase: None,
     ) -> ProbeScores:
-        """Score an E-batch at θ, along v and at every θ+ηv; the arguments are :meth:`draw`'s and what it returned."""
+        """Score an E-batch at θ, along v and at every θ+ηv.
+
+        Args:
+            drawn: what :meth:`draw` returned.
+            settings: as there.
+            rewards: of the E-batch's completions, ``[N]``, if they are to be measured too.
+            counterfactuals: names and other updates, as :meth:`EntropyProbe.collect` takes them.
+            on_pass: called with a phase's name after every pass.
+        """
         settings = settings or self.settings
         with matmul_precision(settings.precision.products):
             return settings.probe().collect(
-                self.checkpoint.policy.model, drawn.rollout, drawn.update.vector, on_pass=on_pass
+                self.checkpoint.policy.model,
+                drawn.rollout,
+                drawn.update.vector,
+                rewards=rewards,
+                counterfactuals=counterfactuals,
+                on_pass=on_pass,
             )
 
     @property
@@ -190,8 +234,10 @@ class EntropyMeasurements:
 
     @property
     def passes(self) -> int:
-        """Passes of a measurement: :meth:`draw`'s and the probe's."""
-        return self.draw_passes + self.settings.probe().passes(lr=1.0)
+        """Passes of a measurement: :meth:`draw`'s, the probe's and, but for a few, attribution's."""
+        of_a_pair = self.settings.checkpoint.after_checkpoint_path is not None
+        causes = 0 if of_a_pair else self.settings.attribution.passes
+        return self.draw_passes + self.settings.probe().passes(lr=1.0) + causes
 
     def _update(
         self, data: PromptDataModule, settings: MeasurementSettings, seconds: dict[str, float], on_pass: OnPass
@@ -231,6 +277,7 @@ class EntropyMeasurements:
         found = result.to_dict()
         del found["seconds"]  # among those of the whole measurement
         scored_tokens = result.entropy.n_tokens * settings.probe().passes(result.lr)
+        scoring = sum(time for phase, time in result.seconds.items() if phase != "counterfactuals")
         return {
             "schema": SCHEMA,
             "kind": "measurement",
@@ -247,7 +294,7 @@ class EntropyMeasurements:
             "timing": seconds,
             "tokens_per_second": {
                 "sampling": result.entropy.n_tokens / seconds["sampling_e"],
-                "scoring": scored_tokens / sum(result.seconds.values()),
+                "scoring": scored_tokens / scoring,
             },
             "seed": settings.seed,
             "device": str(next(self.checkpoint.policy.model.parameters()).device),

@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml
 
-from entropy_pl.reporting import Record, eta_sweep_figure
+from entropy_pl.reporting import AttributedTokens, Record, attribution_page, eta_sweep_figure
 from entropy_pl.reporting.records import plain
 from entropy_pl.version import __version__
 
 RESULTS, CONFIG, FIGURE = "results.json", "config.yaml", "eta_sweep.png"
+TOKENS, PAGE = "attribution.npz", "attribution.html"  # where the step was attributed
 LIBRARIES = ("torch", "transformers", "peft", "lightning")
 
 
@@ -46,6 +47,8 @@ def sweep_with_seed_keys(sweep: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class ResultsFolder:
     """Results of one config: ``results.json``, ``config.yaml``, ``eta_sweep.png``.
 
+    Of a step that was attributed, ``attribution.npz`` and ``attribution.html`` too.
+
     Args:
         path: the folder; it is made if it is not there.
         config_hash: of the config that is about to be measured.
@@ -60,8 +63,12 @@ class ResultsFolder:
         self._refuse_others()
         make_writable(self.path)
 
-    def write(self, results: Record) -> None:
+    def write(self, results: Record, tokens: AttributedTokens | None = None) -> None:
         """Replace the folder's results.
+
+        Args:
+            results: of the measurement.
+            tokens: of the U-batch, where the step was attributed.
 
         Raises:
             ValueError: if another config's have come in the meantime.
@@ -70,10 +77,14 @@ class ResultsFolder:
         write_whole(self.path / RESULTS, results)  # first: the rest can be made of it
         (self.path / CONFIG).write_text(as_yaml(results["config"]))
         eta_sweep_figure(results).savefig(self.path / FIGURE)
+        if tokens is not None:
+            tokens.save(self.path / TOKENS)
+            page = attribution_page(tokens, title=f"Who moved the entropy: optimizer step {tokens.step}")
+            (self.path / PAGE).write_text(page, encoding="utf-8")
 
     def _refuse_others(self) -> None:
         refuse_another_config(self.path / RESULTS, self._hash)
-        foreign = [name for name in (CONFIG, FIGURE) if (self.path / name).exists()]
+        foreign = [name for name in (CONFIG, FIGURE, TOKENS, PAGE) if (self.path / name).exists()]
         if foreign and not (self.path / RESULTS).exists():
             raise ValueError(
                 f"expected an output_directory whose {foreign[0]} is a measurement's, got {self.path}, which has one "

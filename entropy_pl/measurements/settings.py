@@ -11,12 +11,12 @@ from entropy_pl.data.registry import check_template, get_dataset
 from entropy_pl.estimators import Baseline
 from entropy_pl.estimators.snis import Normalize, Weighting
 from entropy_pl.groups import GroupSampler, ZeroAdvantage
-from entropy_pl.objectives import AdvantageKind, LossSettings, LossType, RewardSum
+from entropy_pl.objectives import AdvantageKind, AdvantageSign, LossSettings, LossType, RewardSum, intervened
 from entropy_pl.policy import LoraSettings
 from entropy_pl.policy.precision import MatmulPrecision
 from entropy_pl.policy.settings import Dtype, Quantization
 from entropy_pl.policy.tangents import Method
-from entropy_pl.probe import EntropyProbe, Precision
+from entropy_pl.probe import ATTRIBUTION_PASSES, EntropyProbe, Precision
 from entropy_pl.reporting import LoggingSettings
 
 
@@ -198,7 +198,17 @@ class UpdateSettings:
         advantage: `mean_std` (GRPO), `mean` (Dr. GRPO) or `leave_one_out` (RLOO).
         rewards: names of registered rewards.
         reward_weights: one per reward. None: 1 each.
+        clip_low: the ratio π/π_old is clipped at 1 - clip_low.
+        clip_high: and at 1 + clip_high. U is drawn at θ, where the ratio is 1: neither changes the step.
         kl_coefficient: weight of the KL divergence to the policy with its adapter off.
+        entropy_coefficient: weight of the entropy bonus.
+        advantage_sign: completions of which advantages the policy gradient is of: `both`, `positive` or `negative`.
+        clip_cov_fraction: Clip-Cov: the share of tokens, drawn among those whose covariance of log-prob and advantage
+            lies inside `clip_cov_bounds`, without a policy gradient. 0 switches it off.
+        clip_cov_bounds: smallest and largest covariance, in nats.
+        kl_cov_fraction: KL-Cov: the share of tokens with the largest covariance that pays for leaving the policy that
+            sampled. 0 switches it off. At ratio 1 there is nothing to pay, and the step is the same.
+        kl_cov_coefficient: their price, per nat of |log(π/π_old)|.
         zero_advantage: groups of equal rewards: `keep`, `filter` or `resample`.
         max_resamples: rounds of resampling.
         top_p: U is sampled from the smallest set of tokens with this probability.
@@ -212,7 +222,15 @@ class UpdateSettings:
     advantage: AdvantageKind = "mean_std"
     rewards: list[str] = field(default_factory=lambda: ["format", "numeric_answer"])
     reward_weights: list[float] | None = None
+    clip_low: float = 0.2
+    clip_high: float = 0.2
     kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    advantage_sign: AdvantageSign = "both"
+    clip_cov_fraction: float = 0.0
+    clip_cov_bounds: tuple[float, float] = (1.0, 5.0)
+    kl_cov_fraction: float = 0.0
+    kl_cov_coefficient: float = 1.0
     zero_advantage: ZeroAdvantage = "keep"
     max_resamples: int = 2
     top_p: float = 1.0
@@ -241,8 +259,20 @@ class UpdateSettings:
         )
 
     def loss(self, max_new_tokens: int) -> LossSettings:
-        """The loss; on fresh samples the ratio is 1 and no clip range has a part in its gradient."""
-        return LossSettings(self.loss_type, kl_coefficient=self.kl_coefficient, max_completion_length=max_new_tokens)
+        """The loss; ``max_new_tokens`` is the constant that ``dr_grpo`` divides by."""
+        return LossSettings(
+            self.loss_type,
+            self.clip_low,
+            self.clip_high,
+            self.kl_coefficient,
+            max_completion_length=max_new_tokens,
+            entropy_coefficient=self.entropy_coefficient,
+            advantage_sign=self.advantage_sign,
+            clip_cov_fraction=self.clip_cov_fraction,
+            clip_cov_bounds=self.clip_cov_bounds,
+            kl_cov_fraction=self.kl_cov_fraction,
+            kl_cov_coefficient=self.kl_cov_coefficient,
+        )
 
 
 @dataclass(frozen=True)
@@ -301,6 +331,48 @@ class PrecisionSettings:
 
 
 @dataclass(frozen=True)
+class AttributionSettings:
+    """Who moved the entropy, and what other losses would have done. Of a pair of checkpoints there is neither.
+
+    Args:
+        enabled: attribute the step's first-order change to its momentum, its weight decay and every token of U.
+        influence_matrix: measure the influence of each U-completion on each E-completion too, with error bars: a
+            forward and a backward pass of every completion by itself.
+        token_error_blocks: give every token an error bar over E, from the attribution by each of so many blocks of it
+            (8, say: two passes over U each). 0 gives none.
+        counterfactuals: losses whose step from the same state and U-batch is measured beside this one:
+            `entropy_bonus`, `clip_higher`, `clip_cov`, `kl_cov`, `positive_only`, `negative_only`, `no_momentum`, or
+            `unchanged` as a control. Each takes a backward pass over U and a pass over E.
+    """
+
+    enabled: bool = False
+    influence_matrix: bool = False
+    token_error_blocks: int = 0
+    counterfactuals: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.token_error_blocks < 0 or self.token_error_blocks == 1:
+            raise ValueError(f"expected token_error_blocks of at least 2, or 0 for none, got {self.token_error_blocks}")
+        if not self.enabled and (self.influence_matrix or self.token_error_blocks):
+            raise ValueError(
+                "expected attribution.enabled: true with influence_matrix or token_error_blocks, got false"
+            )
+        if len(set(self.counterfactuals)) < len(self.counterfactuals):
+            raise ValueError(f"expected every name in counterfactuals once, got {self.counterfactuals}")
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything here is."""
+        return self.enabled or bool(self.counterfactuals)
+
+    @property
+    def passes(self) -> int:
+        """Passes that it adds, by the probe's count; the matrix and the tokens' error bars count as one each."""
+        attribution = ATTRIBUTION_PASSES + self.influence_matrix + (self.token_error_blocks > 0)
+        return attribution * self.enabled + len(self.counterfactuals)
+
+
+@dataclass(frozen=True)
 class MeasurementSettings:
     """One offline measurement.
 
@@ -311,6 +383,7 @@ class MeasurementSettings:
         estimator: which entropy, at which step sizes, by which estimator.
         update: what makes the step the one training would have taken.
         precision: number formats.
+        attribution: who moved the entropy, and what other losses would have done.
         detailed_logging: a log of everything that was measured, as far down as single tokens.
         seed: of prompts and completions.
         output_directory: where `results.json`, `config.yaml` and the figure go. None writes none.
@@ -322,6 +395,7 @@ class MeasurementSettings:
     estimator: EstimatorSettings = field(default_factory=EstimatorSettings)
     update: UpdateSettings = field(default_factory=UpdateSettings)
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
+    attribution: AttributionSettings = field(default_factory=AttributionSettings)
     detailed_logging: LoggingSettings = field(default_factory=LoggingSettings)
     seed: int = 0
     output_directory: str | None = None
@@ -334,6 +408,8 @@ class MeasurementSettings:
                 f"expected no checkpoint.quantization with runtime_dtype: float64, got {self.checkpoint.quantization}: "
                 "4-bit layers have no float64 arithmetic"
             )
+        for name in self.attribution.counterfactuals:
+            intervened(self.update.loss(self.generation.max_new_tokens), name)  # refuses what it does not know
 
     def probe(self) -> EntropyProbe:
         """The probe that all sections together mean."""

@@ -23,7 +23,15 @@ SETTING_OF = {
             "advantage",
             "rewards",
             "reward_weights",
+            "clip_low",
+            "clip_high",
             "kl_coefficient",
+            "entropy_coefficient",
+            "advantage_sign",
+            "clip_cov_fraction",
+            "clip_cov_bounds",
+            "kl_cov_fraction",
+            "kl_cov_coefficient",
             "zero_advantage",
             "top_p",
             "top_k",
@@ -49,6 +57,12 @@ def differences_from_training(
     found = {}
     for argument, key in SETTING_OF.items():
         section, name = key.split(".")
-        if argument in hyper_parameters and hyper_parameters[argument] != here[section][name]:
-            found[key] = {"here": here[section][name], "training": hyper_parameters[argument]}
+        ours = _as_list(here[section][name])
+        if argument in hyper_parameters and (theirs := _as_list(hyper_parameters[argument])) != ours:
+            found[key] = {"here": ours, "training": theirs}
     return found
+
+
+def _as_list(value: Any) -> Any:
+    """Bounds are a tuple in code and a list in files."""
+    return list(value) if isinstance(value, tuple) else value

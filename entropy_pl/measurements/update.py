@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from entropy_pl.attribution import UpdateBatch
+from entropy_pl.attribution.counterfactual import StepWith
 from entropy_pl.groups import Groups
 from entropy_pl.measurements.settings import MeasurementSettings, PrecisionSettings, UpdateVectorPrecision
-from entropy_pl.policy import evaluation, evaluation_mode, float64_evaluation, trainable_parameters
+from entropy_pl.policy import (
+    derived_seed,
+    evaluation,
+    evaluation_mode,
+    float64_evaluation,
+    isolated_rng,
+    trainable_parameters,
+)
 from entropy_pl.policy.precision import chosen_matmul
 from entropy_pl.policy_gradient import PolicyGradient, TrainingBatch
 from entropy_pl.updates import UpdateVector, clip_gradients, match_optimizer_state, rebuild_update
+from entropy_pl.updates.optimizer_state import MatchedState
 
 LOSS_SCALE = 2.0**16  # where torch's GradScaler starts
 
@@ -31,10 +41,49 @@ class MeasuredUpdate:
             before this one), ``gradient_norm`` (before clipping) and ``gradient_scale`` (what clipping left of it), and
             of the U-batch ``reward``, ``zero_advantage_fraction``, ``n_sequences`` and ``n_tokens``; and in
             ``differs_from_training`` what the checkpoint tells of other settings.
+        batch: the U-batch behind it; None of a pair.
+        step_with: from other gradients to the step from the same state; None of a pair.
     """
 
     vector: UpdateVector
     facts: dict[str, Any]
+    batch: UpdateBatch | None = None
+    step_with: StepWith | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class UGradient:
+    """The loss of a U-batch, differentiated.
+
+    Args:
+        gradients: by parameter name, not clipped; None where a parameter has no part in the loss.
+        objective: the loss.
+        batch: what it was taken of.
+        logp: log-probs at θ in nats, ``[N, T]``.
+    """
+
+    gradients: dict[str, Tensor | None]
+    objective: PolicyGradient
+    batch: TrainingBatch
+    logp: Tensor
+
+    def update_batch(self, gradient_scale: float, max_grad_norm: float | None) -> UpdateBatch:
+        """What attribution and other losses need of it; the arguments are what clipping did, and was told."""
+        batch, objective = self.batch, self.objective
+        token_coefficients, entropy_coefficients = objective.coefficients(batch, self.logp)
+        return UpdateBatch(
+            batch.rollout,
+            token_coefficients,
+            gradient_scale=gradient_scale,
+            entropy_coefficients=entropy_coefficients,
+            divided_by="tokens" if objective.loss.loss_type in ("dapo", "bnpo") else "completions",
+            advantages=batch.advantages,
+            weights=batch.weights,
+            ref_logp=batch.ref_logp,
+            policy_gradient=objective,
+            max_grad_norm=max_grad_norm,
+            selected=batch.selected,
+        )
 
 
 def update_from_optimizer(
@@ -50,7 +99,9 @@ def update_from_optimizer(
     """
     parameters = trainable_parameters(model)
     state = match_optimizer_state(saved, parameters, decoupled=settings.update.decoupled_weight_decay)
-    gradients, norm, scale = clip_gradients(u_gradient(model, groups, settings), settings.update.max_grad_norm)
+    limit = settings.update.max_grad_norm
+    found = u_gradient(model, groups, settings)
+    gradients, norm, scale = clip_gradients(found.gradients, limit)
     vector = rebuild_update(parameters, gradients, state, lr=settings.update.lr)
     steps = [moments.step for group in state.groups for moments in group.moments.values() if moments is not None]
     facts = {
@@ -64,7 +115,20 @@ def update_from_optimizer(
         "n_sequences": len(groups.rollout),
         "n_tokens": int(groups.rollout.completion_mask.sum()),
     }
-    return MeasuredUpdate(vector, facts)
+    without_part = {name for name, gradient in gradients.items() if gradient is None}
+
+    def step_with(gradients: Mapping[str, Tensor], *, momentum: bool = True) -> UpdateVector:
+        # What has no part in the loss may have zeros here, which would let its momentum move it.
+        seen = {name: None if name in without_part else gradients[name] for name in parameters}
+        return rebuild_update(parameters, seen, state if momentum else _forgetful(state), lr=settings.update.lr)
+
+    return MeasuredUpdate(vector, facts, found.update_batch(scale, limit), step_with)
+
+
+def _forgetful(state: MatchedState) -> MatchedState:
+    """With β₁ = 0."""
+    groups = (replace(group, settings=group.settings.without_momentum()) for group in state.groups)
+    return replace(state, groups=tuple(groups))
 
 
 def update_from_pair(model: nn.Module, after: Mapping[str, Tensor], lr: float | None) -> MeasuredUpdate:
@@ -84,11 +148,11 @@ def update_from_pair(model: nn.Module, after: Mapping[str, Tensor], lr: float | 
     return MeasuredUpdate(UpdateVector(direction, lr), {"source": "pair"})
 
 
-def u_gradient(model: nn.Module, groups: Groups, settings: MeasurementSettings) -> dict[str, Tensor | None]:
-    """The gradient of the U-batch's loss by parameter name, not clipped; None where a parameter has no part in it.
+def u_gradient(model: nn.Module, groups: Groups, settings: MeasurementSettings) -> UGradient:
+    """The gradient of the U-batch's loss, and what it is made of.
 
     Raises:
-        ValueError: if all rewards within every group are equal.
+        ValueError: if all rewards within every group are equal, and the loss has no other term.
     """
     double = settings.precision.runtime_dtype == "float64"
     objective = PolicyGradient(
@@ -98,29 +162,36 @@ def u_gradient(model: nn.Module, groups: Groups, settings: MeasurementSettings) 
         settings.generation.max_batch_tokens,
         dtype=torch.float64 if double else torch.float32,
     )
-    with _gradient_precision(model, settings.precision):
-        batch = objective.batch(model, groups)
+    with gradient_precision(model, settings.precision):
+        with same_choice_of_tokens(settings):
+            batch = objective.batch(model, groups)
         if batch is None:
             raise ValueError(
                 f"expected groups with different rewards in the U-batch, got none out of {settings.batch_config.B_U}: "
                 "there is no gradient to rebuild a step from. Raise B_U or G, or look at the rewards"
             )
-        return _scaled_gradient(model, objective, batch, settings.precision.update_vector)
+        gradients, logp = _scaled_gradient(model, objective, batch, settings.precision.update_vector)
+    return UGradient(gradients, objective, batch, logp)
+
+
+def same_choice_of_tokens(settings: MeasurementSettings) -> AbstractContextManager[None]:
+    """The random stream that Clip-Cov chooses tokens by: the same whenever it is asked for."""
+    return isolated_rng(derived_seed(settings.seed, "choice of tokens"))
 
 
 def _scaled_gradient(
     model: nn.Module, objective: PolicyGradient, batch: TrainingBatch, precision: UpdateVectorPrecision
-) -> dict[str, Tensor | None]:
-    """The gradient, its loss scaled up where float16 would lose the small of it, as a gradient scaler does."""
+) -> tuple[dict[str, Tensor | None], Tensor]:
+    """The gradient, and log-probs at θ; the loss is scaled up where float16 would lose the small of its gradient."""
     scale = LOSS_SCALE if precision.use_amp and precision.amp_dtype == "float16" else 1.0
     parameters = trainable_parameters(model)  # in here, where they may be wider ones
     try:
         while True:
             model.zero_grad()
-            objective.backward(model, batch, call_backward=partial(_backward_scaled, scale))
+            logp = objective.backward(model, batch, call_backward=partial(_backward_scaled, scale))
             gradients = {name: parameter.grad for name, parameter in parameters.items()}
             if scale == 1 or all(gradient is None or gradient.isfinite().all() for gradient in gradients.values()):
-                return {name: None if g is None else g / scale for name, g in gradients.items()}
+                return {name: None if g is None else g / scale for name, g in gradients.items()}, logp
             scale /= 2
     finally:
         model.zero_grad()
@@ -137,7 +208,8 @@ def _own_dtypes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gradient_precision(model: nn.Module, precision: PrecisionSettings) -> Iterator[None]:
+def gradient_precision(model: nn.Module, precision: PrecisionSettings) -> Iterator[None]:
+    """The mode and number formats that U's gradient is taken in."""
     chosen = precision.update_vector
     if precision.runtime_dtype == "float64":
         context = float64_evaluation(model)

@@ -19,6 +19,8 @@ from entropy_pl.policy.score import (
 from entropy_pl.rollout import Rollout, TokenStats
 from entropy_pl.updates.displace import parameters_named
 
+MAX_GRAPH_TOKENS = 2048  # of one micro-batch, when no token budget is given: a graph keeps every layer's activations
+
 
 def weighted_gradient(
     model: nn.Module,
@@ -45,7 +47,7 @@ def weighted_gradient(
         names: of the parameters to differentiate by.
         temperature: of the sampling distribution.
         entropy_dtype: dtype of softmax and entropy.
-        max_batch_tokens: padded tokens per micro-batch; None bounds the logits' memory.
+        max_batch_tokens: padded tokens per micro-batch; None bounds the memory of the logits and of the graph.
 
     Returns:
         By name, of the parameter's shape, in float32 or what the model computes in.
@@ -65,7 +67,8 @@ def weighted_gradient(
     with evaluation(model), torch.enable_grad():
         parameters = parameters_named(model, names)
         total = {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in parameters.items()}
-        for rows in micro_batches(rollout, max_batch_tokens or default_batch_tokens(model)):
+        budget = min(MAX_GRAPH_TOKENS, default_batch_tokens(model)) if max_batch_tokens is None else max_batch_tokens
+        for rows in micro_batches(rollout, budget):
             a, b = coefficients.logp[rows], coefficients.entropy[rows]
             if not (a.any() or b.any()):
                 continue

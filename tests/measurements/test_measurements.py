@@ -278,7 +278,7 @@ class TestPrecisionOfTheGradient:
         policy = measurement.checkpoint.policy
         reference = replace(settings, precision=replace(settings.precision, runtime_dtype="float32"))
         groups = draw_u_batch(policy, prompt_data(settings), reference)
-        gradient = u_gradient(policy.model, groups, settings)
+        gradient = u_gradient(policy.model, groups, settings).gradients
         assert all(p.grad is None for p in policy.model.parameters()), "nothing is left behind"
         return gradient
 
@@ -320,7 +320,7 @@ class TestPrecisionOfTheGradient:
             policy, settings = measurement.checkpoint.policy, measurement.settings
             training = replace(settings, checkpoint=replace(settings.checkpoint, after_checkpoint_path=None))
             groups = draw_u_batch(policy, prompt_data(training), training)
-            gradient = u_gradient(policy.model, groups, settings)
+            gradient = u_gradient(policy.model, groups, settings).gradients
             seen.add((grads_fp32, *{g.dtype for g in gradient.values() if g is not None}))
         assert seen == {(True, torch.float32), (False, torch.bfloat16)}
 
@@ -390,7 +390,7 @@ def test_every_setting_of_the_update_has_its_part(config, run_dir, tiny_policy_d
             loss = loss + (-advantage * logp() + 0.3 * k3).sum() / tokens
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
-    ours = u_gradient(measurement.checkpoint.policy.model, groups, settings)
+    ours = u_gradient(measurement.checkpoint.policy.model, groups, settings).gradients
     names = sorted(ours)
     assert torch.allclose(flat(ours, names), flat(gradients, names), rtol=1e-9, atol=1e-12)
     assert drawn.update.vector.lr == 3e-3

@@ -210,3 +210,5 @@ def test_errors_are_named():
         weighted_gradient(model, ROLLOUT, coefficients, ["other"])
     with pytest.raises(ValueError, match=r"coefficients of the rollout's shape \[6, 8\], got \[6, 6\]"):
         weighted_gradient(model, ROLLOUT, random_coefficients(build_rollout()), trainable(model))
+    with pytest.raises(ValueError, match="max_batch_tokens ≥ 1, got 0"):
+        weighted_gradient(model, ROLLOUT, coefficients, trainable(model), max_batch_tokens=0)

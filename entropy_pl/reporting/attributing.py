@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch
 from entropy_pl.estimators.snis import Normalize
-from entropy_pl.reporting import AttributedTokens
+from entropy_pl.reporting.attributed import AttributedTokens
 
 
 def attributed_tokens(
