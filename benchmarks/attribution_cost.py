@@ -131,18 +131,18 @@ def times(options: argparse.Namespace, model: nn.Module, e: Rollout, u: Rollout)
     phases: dict[str, dict[str, float]] = {}
 
     def attribute(label: str, v: UpdateVector, **given: Any) -> None:
+        with timed(seconds, "unit", model):  # next to it, so that what else the machine does falls on both alike
+            token_stats(model, e)
+            token_stats(model, u)
         clock = _Clock(phases.setdefault(label, {}))
         with timed(seconds, label, model):
             attribute_update(model, e, u, v, token_coefficients=coefficients, on_pass=clock, **given)
 
-    for _ in range(options.repeats):  # in turn, so that what else the machine does falls on all alike
-        with timed(seconds, "unit", model):
-            token_stats(model, e)
-            token_stats(model, u)
+    for _ in range(options.repeats):
         attribute("attribute_update, alone", update)
         attribute("  with weight decay", decayed)
         attribute("  in a probe", update, base=base, tangent=tangent)
-    unit = seconds.pop("unit") / options.repeats
+    unit = seconds.pop("unit") / (3 * options.repeats)
     rows = [(label, total / options.repeats, shares(phases[label], total)) for label, total in seconds.items()]
     metric = update.preconditioner
     rows.append(

@@ -31,8 +31,7 @@ def prompt_texts(prompts: Any, tokenizer: PreTrainedTokenizerBase, column: str =
         ValueError: for something else, no such column, or a chat without a template.
         FileNotFoundError: if there is no such file.
     """
-    if isinstance(prompts, str | os.PathLike):
-        prompts = _read(os.fspath(prompts))
+    prompts = read_prompts(prompts)
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise ValueError(
             f"expected prompts as a list of strings, a list of chats or a dataset, got {type(prompts).__name__}"
@@ -59,13 +58,65 @@ def find_prompts(given: Any, kept: Any, tokenizer: PreTrainedTokenizerBase, colu
     Raises:
         ValueError: if there are none, or as :func:`prompt_texts`.
     """
-    prompts = kept if given is None else given
-    if prompts is None:
+    return prompt_texts(given_or_kept(given, kept), tokenizer, column)
+
+
+def given_or_kept(given: Any, kept: Any) -> Any:
+    """The prompts given, or else those that the run keeps for evaluation, in the form they have.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if given is None and kept is None:
         raise ValueError(
             "expected E prompts, got none: give prompts=, strings, chats or a dataset that the run does not train on, "
             "or let the run keep some, as e_prompts of its datamodule or eval_dataset of its trainer"
         )
-    return prompt_texts(prompts, tokenizer, column)
+    return kept if given is None else given
+
+
+def read_prompts(prompts: Any) -> Any:
+    """The dataset in the file, where prompts are the path of one; anything else as it is.
+
+    Raises:
+        ValueError: for a file of another kind.
+        FileNotFoundError: if there is no such file.
+    """
+    return _read(os.fspath(prompts)) if isinstance(prompts, str | os.PathLike) else prompts
+
+
+class PromptRows:
+    """The rows that prompts came from, found again by their texts.
+
+    Args:
+        prompts: as for :func:`prompt_texts`, a file read.
+        texts: what it made of all of them.
+        column: of a dataset, or of rows.
+    """
+
+    def __init__(self, prompts: Any, texts: Sequence[str], column: str = DEFAULT_COLUMN) -> None:
+        self._prompts, self._column = prompts, column
+        self._places: dict[str, list[int]] = {}
+        for place, text in enumerate(texts):
+            self._places.setdefault(text, []).append(place)
+
+    def __getitem__(self, text: str) -> dict[str, Any]:
+        """The row of a prompt, its prompt as ``prompt``; of a prompt without a row, that alone.
+
+        Raises:
+            ValueError: for a prompt of several rows that are not the same.
+            KeyError: for one that is not among the texts.
+        """
+        row, *others = (self._row(place) for place in self._places[text])
+        if any(other != row for other in others):
+            raise ValueError(f"expected one row for each E prompt, got {len(others) + 1} that differ for {text!r}")
+        return row
+
+    def _row(self, place: int) -> dict[str, Any]:
+        row = self._prompts[place]
+        if not isinstance(row, Mapping):
+            return {DEFAULT_COLUMN: row}
+        return {**row, DEFAULT_COLUMN: row[self._column]}
 
 
 def count_common(
@@ -120,7 +171,7 @@ def _text(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase, column: s
         prompt = prompt[column]
     if isinstance(prompt, str):
         return prompt
-    if not _is_chat(prompt):
+    if not is_chat(prompt):
         raise ValueError(
             f"expected prompt {index} as a string or a chat, [{{'role': ..., 'content': ...}}, ...], got "
             f"{type(prompt).__name__}"
@@ -141,7 +192,8 @@ def _text(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase, column: s
         raise ValueError(f"expected a chat that the tokenizer's template takes, got prompt {index}: {error}") from error
 
 
-def _is_chat(prompt: Any) -> bool:
+def is_chat(prompt: Any) -> bool:
+    """Whether it is a list of messages, each with a role and a content."""
     return (
         isinstance(prompt, Sequence)
         and len(prompt) > 0

@@ -14,10 +14,14 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
+from entropy_pl.attribution import UpdateBatch
 from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizer, find_policy, find_tokenizer, refuse_sharded
+from entropy_pl.callbacks.causes import RunSources
 from entropy_pl.callbacks.door import Attachment, ProbeDoor
-from entropy_pl.callbacks.prompts import find_prompts
+from entropy_pl.callbacks.prompts import PromptRows, given_or_kept, prompt_texts, read_prompts
 from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
+from entropy_pl.callbacks.trl_batch import SCORING, StepCapture
+from entropy_pl.callbacks.trl_rewards import TrainerRewards
 from entropy_pl.peers import Peers
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
@@ -31,11 +35,18 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
     in a Lightning run. `temperature` and `max_new_tokens` are by default those of the GRPOConfig, E prompts those of
     the trainer's evaluation dataset.
 
+    With its trainer, a GRPOTrainer, the change is attributed as in a Lightning run: to every token of the U-batch, by
+    what the loss's own backward pass hands to its log-probs, whatever the loss; and to the price of reward, by the
+    trainer's own reward functions where they are plain Python, called with the rows that the E prompts came from.
+    Where a loss is one of this package's, so may `counterfactuals` be. What cannot be had is in the record's `absent`.
+    For the time of training the trainer's `compute_loss` and `_get_per_token_logps_and_entropies` and its accelerator's
+    `clip_grad_norm_` are wrapped; what they compute stays as it is.
+
     Args:
         prompts: E prompts: strings, chats, or a dataset with a column of either.
         trainer: the Trainer that this callback is added to. With it the probe's curves go to all that its `report_to`
-            names, and each probe has its own step's reward beside it; without it, to TensorBoard alone, in a folder of
-            their own, with the reward that was logged last.
+            names, each probe has its own step's reward beside it, and causes are looked for; without it, to TensorBoard
+            alone, in a folder of their own, with the reward that was logged last, and without causes.
         options: as for :class:`~entropy_pl.callbacks.door.ProbeDoor`.
 
     Raises:
@@ -56,6 +67,7 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
         self._last_reward: float | None = None
         self._has_warned = False
         self._writer_of_our_own: SummaryWriter | None = None
+        self._capture: StepCapture | None = None
 
     def directory(self, args: TrainingArguments) -> Path:
         """Where records and figures go."""
@@ -88,14 +100,16 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
                     f"expected a run that trains, got trainer.train() without a step to take: {NOT_TRAINING}"
                 )
             tokenizer = find_tokenizer(processing_class if self._tokenizer is None else self._tokenizer, [])
-            kept = getattr(self._trainer, "eval_dataset", None)
+            prompts = read_prompts(given_or_kept(self._prompts, getattr(self._trainer, "eval_dataset", None)))
+            texts = prompt_texts(prompts, tokenizer, self._prompt_column)
             session = self.session_for(
                 policy,
                 tokenizer,
-                find_prompts(self._prompts, kept, tokenizer, self._prompt_column),
+                texts,
                 getattr(args, "temperature", None),
                 getattr(args, "max_completion_length", None),
                 peers,
+                self._sources(tokenizer, PromptRows(prompts, texts, self._prompt_column)),
             )
             watched = find_optimizer([optimizer], policy, self._optimizer)
             return Attachment(session, watched, self.directory(args), lambda: self._find_sinks(args, state, control))
@@ -104,8 +118,10 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
         self._note_update_prompts(getattr(train_dataloader, "dataset", None))
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Note which of the rewards that the trainer keeps are of steps before."""
+        """Note which of the rewards that the trainer keeps are of steps before; keep what a step to be probed is of."""
         self._rewards_before = len(self._rewards())
+        if self._capture is not None:
+            self._capture.begin(self._step is not None and self.is_due(self._step))
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Note that a step begins."""
@@ -114,6 +130,8 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         """A step that has not ended by now was skipped."""
         self._between_steps()
+        if self._capture is not None:
+            self._capture.begin(False)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Show the probes as a table and a figure, and say where everything lies."""
@@ -129,6 +147,34 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
             warnings.warn(f"expected a run that trains, got an evaluation: {NOT_TRAINING}", stacklevel=2)
 
     # -------------------------------------------------------------------------------------------------------- details
+
+    def _close(self) -> None:
+        if self._capture is not None:
+            self._capture.close()
+            self._capture = None
+        super()._close()
+
+    def _sources(self, tokenizer: Any, rows: PromptRows) -> RunSources:
+        """What the trainer says of itself, where it is known and of a kind that does."""
+        trainer = self._trainer
+        if self._causes.needs_batch and trainer is not None and hasattr(trainer, SCORING):
+            self._capture = StepCapture(trainer)
+        rewards = TrainerRewards(trainer, tokenizer, rows) if getattr(trainer, "reward_funcs", None) else None
+        return RunSources(self._update_batch, rewards)
+
+    def _update_batch(self) -> UpdateBatch:
+        trainer, session = self._trainer, self._session
+        if trainer is None:
+            raise ValueError("expected the trainer, got none: EntropyProbeTrainerCallback(..., trainer=trainer)")
+        if self._capture is None or session is None:
+            raise ValueError(f"expected a trainer with {SCORING}, as TRL's GRPOTrainer, got {type(trainer).__name__}")
+        of_the_run = getattr(trainer, "temperature", session.probe.temperature)
+        if session.probe.temperature != of_the_run:
+            raise ValueError(
+                f"expected the probe at the run's temperature, {of_the_run}, whose log-probs its loss is made of, got "
+                f"temperature={session.probe.temperature}"
+            )
+        return self._capture.update_batch()
 
     def _rewards(self) -> list[float]:
         """Of every generation since the last log, where the trainer is known and keeps them, as TRL's does."""

@@ -113,12 +113,12 @@ class EntropyMeasurements:
         Returns:
             A JSON-able dict: ``sweep``, one dict per η (``eta``, ``deltaH_true``, ``deltaH_approx`` in nats; ``true``
             and ``first_order``, the same with standard error, interval, ESS and weight health; ``reward_true`` and
-            ``reward_first_order``, ΔJ(η) and η·δJ₁ of the expected reward J), ``entropy``,
-            ``first_order`` (per unit η), ``second_order`` (per unit η²), ``eta_star``, ``symmetric``, ``power_law``
-            (log-log slope and R²), ``expected_reward`` and ``exchange_rate`` (ΔH/ΔJ at η = lr), ``attribution``,
+            ``reward_first_order``, ΔJ(η) and η·δJ₁ of the expected reward J), ``entropy``, ``first_order`` (per unit
+            η), ``second_order`` (per unit η²), ``eta_star``, ``symmetric``, ``power_law`` (log-log slope and R²),
+            ``expected_reward`` and ``exchange_rate`` (ΔH/ΔJ at η = lr), ``attribution``,
             ``predictors`` and ``counterfactuals`` where they were asked for, ``absent`` (what was and is not there, and
-            why), ``update`` and how it was made, ``B_E``, ``B_U``, ``G``, ``timing`` (seconds per
-            phase, ``total``), ``tokens_per_second``, ``device``, ``versions``, ``config``, ``config_hash``, ``seed``.
+            why), ``update`` and how it was made, ``B_E``, ``B_U``, ``G``, ``timing`` (seconds per phase, ``total``),
+            ``tokens_per_second``, ``device``, ``versions``, ``config``, ``config_hash``, ``seed``.
 
         Raises:
             ValueError: if the output folder holds results of another config, the checkpoint cannot be used, or no

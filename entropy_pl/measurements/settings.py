@@ -409,7 +409,10 @@ class MeasurementSettings:
                 "4-bit layers have no float64 arithmetic"
             )
         for name in self.attribution.counterfactuals:
-            intervened(self.update.loss(self.generation.max_new_tokens), name)  # refuses what it does not know
+            try:
+                intervened(self.update.loss(self.generation.max_new_tokens), name)
+            except ValueError as error:  # a name there is none of, or one that contradicts the update's own loss
+                raise ValueError(f"attribution.counterfactuals, {name}: {error}") from error
 
     def probe(self) -> EntropyProbe:
         """The probe that all sections together mean."""

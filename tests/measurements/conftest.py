@@ -41,14 +41,22 @@ def load_questions(split: str, *, path: str | None, size: int | None, seed: int)
     return [PromptExample(f"what is {i * i} {sign} {i}?", str(i)) for i in range(40)]
 
 
-def save_run(policy: Path, folder: Path, steps: list[int]) -> None:
-    """Train a tiny policy and save it after each of ``steps`` steps, as ``step-<n>.ckpt``."""
+def save_run(policy: Path, folder: Path, steps: list[int], **options: Any) -> None:
+    """Train a tiny policy and save it after each of ``steps`` steps, as ``step-<n>.ckpt``.
+
+    Args:
+        policy: the folder of the model that is trained.
+        folder: of the checkpoints.
+        steps: when to save.
+        options: of the module.
+    """
     module = GRPOModule(
         PolicySettings(str(policy), lora=LoraSettings(rank=4, alpha=8)),
         num_generations=4,
         max_new_tokens=8,
         rewards=["test_letters"],
         optimizer=lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=0.01),
+        **options,
     )
     batches = [PromptBatch(["what is 1 + 2?", "what is 3 - 4?"], ["3", "-1"])]
 
@@ -75,6 +83,17 @@ def run_dir(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("run")
     save_run(tiny_policy_dir, folder, [5, 6])
     return folder
+
+
+@pytest.fixture
+def another_run(tiny_policy_dir: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Trains under other options of the module, and returns the checkpoint after so many steps."""
+
+    def train(steps: int, **options: Any) -> Path:
+        save_run(tiny_policy_dir, tmp_path, [steps], **options)
+        return tmp_path / f"step-{steps}.ckpt"
+
+    return train
 
 
 @pytest.fixture

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import inspect
+from dataclasses import asdict, fields
+from pathlib import Path
 
+import pytest
+import yaml
+
+import entropy_pl.configs
 from entropy_pl import EntropyMeasurements
 from entropy_pl.config import SettingsParser, keys_of
+from entropy_pl.grpo import GRPOModule
 from entropy_pl.measurements import MeasurementSettings
+from entropy_pl.measurements.training import SETTING_OF
+from entropy_pl.objectives import LossSettings
 
 
 def settings_of(config):
@@ -75,6 +84,29 @@ def test_numbers_as_pyyaml_leaves_them():
         ({"checkpoint": {"lora": {"rank": 0}}}, "expected a LoRA rank of at least 1, got 0"),
         ({"checkpoint": {"lora": {"rank": "x"}}}, "checkpoint.lora.rank: expected int, got x"),
         ({"update": {"max": 64}}, "unknown key 'update.max': expected one of update.loss_type, "),
+        ({"update": {"clip_cov_bounds": [5, 1]}}, "expected clip_cov_bounds of two numbers, the smaller one first"),
+        ({"update": {"clip_cov_bounds": [1, 2, 3]}}, "update.clip_cov_bounds: expected "),
+        ({"update": {"clip_low": 2}}, "expected clip_low between 0 and 1, got 2"),
+        ({"update": {"advantage_sign": "positiv"}}, "expected one of both, positive, negative, got positiv"),
+        ({"update": {"entropy_coefficient": -1}}, "expected entropy_coefficient to be finite and not negative"),
+        ({"update": {"clip_cov_fraction": 0.1, "kl_cov_fraction": 0.1}}, "expected Clip-Cov or KL-Cov, got both"),
+        ({"attribution": True}, "attribution: expected a section with keys of its own, got True"),
+        ({"attribution": {"enable": True}}, "unknown key 'attribution.enable'; did you mean 'attribution.enabled'?"),
+        ({"attribution": {"influence_matrix": True}}, "expected attribution.enabled: true with influence_matrix"),
+        (
+            {"attribution": {"enabled": True, "token_error_blocks": 1}},
+            "token_error_blocks of at least 2, or 0 for none",
+        ),
+        ({"attribution": {"counterfactuals": ["entropy_bonu"]}}, "did you mean 'entropy_bonus'?"),
+        ({"attribution": {"counterfactuals": "unchanged"}}, "attribution.counterfactuals: expected list"),
+        (
+            {"attribution": {"counterfactuals": ["unchanged", "unchanged"]}},
+            "expected every name in counterfactuals once",
+        ),
+        (
+            {"attribution": {"counterfactuals": ["clip_cov"]}, "update": {"kl_cov_fraction": 0.1}},
+            "attribution.counterfactuals, clip_cov: expected Clip-Cov or KL-Cov, got both",
+        ),
         ({"batch-config": {"B_E": 64}}, "unknown key 'batch-config.B_E'; did you mean 'batch_config.B_E'?"),
     ],
 )
@@ -116,3 +148,38 @@ def test_words_go_before_the_file(tmp_path):
     file.write_text("checkpoint: {checkpoint_path: x}\nseed: 3\n")
     settings = SettingsParser(MeasurementSettings).parse(["--config", str(file), "--batch_config.B_E", "64"])
     assert (settings.seed, settings.batch_config.B_E, settings.checkpoint.checkpoint_path) == (3, 64, "x")
+
+
+def test_the_loss_options_are_those_of_training():
+    """Every argument of GRPOModule that is an option of its loss has the same name and default here."""
+    defaults = {name: p.default for name, p in inspect.signature(GRPOModule).parameters.items()}
+    options = {f.name for f in fields(LossSettings)} - {"max_completion_length"}  # of which max_new_tokens is it
+    settings = settings_of({"checkpoint": {"checkpoint_path": "x"}})
+    loss = settings.update.loss(settings.generation.max_new_tokens)
+    for name in options:
+        assert getattr(settings.update, name) == getattr(loss, name) == defaults[name], name
+        assert SETTING_OF[name] == f"update.{name}"
+    written = {"clip_cov_bounds": [0.5, 2], "kl_cov_coefficient": 3, "clip_high": 0.3}
+    update = settings_of({"checkpoint": {"checkpoint_path": "x"}, "update": written}).update
+    assert (update.loss(8).clip_cov_bounds, update.loss(8).kl_cov_coefficient) == ((0.5, 2.0), 3.0)
+    assert update.loss(8).clip_high == 0.3
+
+
+def test_the_commented_example_is_the_defaults():
+    """Its sections of loss and attribution: what a newcomer reads there is what happens without."""
+    example = yaml.safe_load(Path(entropy_pl.configs.__path__[0], "measure.yaml").read_text())
+    settings = settings_of({"checkpoint": {"checkpoint_path": "x"}})
+    assert example["attribution"] == asdict(settings.attribution)
+    assert set(example["update"]) >= {f.name for f in fields(LossSettings)} - {"max_completion_length"}
+    for name, value in example["update"].items():
+        if name not in ("rewards", "reward_weights"):
+            ours = getattr(settings.update, name)
+            assert value == (list(ours) if isinstance(ours, tuple) else ours), name
+
+
+def test_lists_on_the_command_line():
+    words = ["--checkpoint.checkpoint_path=x", "--update.clip_cov_bounds", "[0.5, 2]"]
+    words += ["--attribution.counterfactuals", "[unchanged, no_momentum]"]
+    settings = SettingsParser(MeasurementSettings).parse(words)
+    assert settings.update.loss(8).clip_cov_bounds == (0.5, 2.0)
+    assert settings.attribution.counterfactuals == ["unchanged", "no_momentum"]

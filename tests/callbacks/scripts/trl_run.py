@@ -45,6 +45,7 @@ def main() -> None:
             use_cpu=True,
             save_strategy="no",
             disable_tqdm=True,
+            bf16=False,  # on by default; its rounding of the gradient would be all that attribution leaves
         ),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         processing_class=build_tokenizer(),
