@@ -69,6 +69,7 @@ def arguments() -> argparse.Namespace:
     for name, value in {"e": 256, "prompts": 16, "generations": 8, "tokens": 150, "repeats": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--max-batch-tokens", type=int, default=None)
     return parser.parse_args()
 
 
@@ -126,17 +127,18 @@ def summed(rollout: Rollout) -> TokenStats:
 def times(options: argparse.Namespace, model: nn.Module, e: Rollout, u: Rollout) -> Table:
     update, decayed = (step(model, u, weight_decay) for weight_decay in (0.0, 0.01))
     coefficients = summed(u).logp / u.completion_mask.sum()
-    base, tangent = token_stats_jvp(model, e, update)
+    budget = {"max_batch_tokens": options.max_batch_tokens}
+    base, tangent = token_stats_jvp(model, e, update, **budget)
     seconds: dict[str, float] = {}
     phases: dict[str, dict[str, float]] = {}
 
     def attribute(label: str, v: UpdateVector, **given: Any) -> None:
         with timed(seconds, "unit", model):  # next to it, so that what else the machine does falls on both alike
-            token_stats(model, e)
-            token_stats(model, u)
+            token_stats(model, e, **budget)
+            token_stats(model, u, **budget)
         clock = _Clock(phases.setdefault(label, {}))
         with timed(seconds, label, model):
-            attribute_update(model, e, u, v, token_coefficients=coefficients, on_pass=clock, **given)
+            attribute_update(model, e, u, v, token_coefficients=coefficients, on_pass=clock, **budget, **given)
 
     for _ in range(options.repeats):
         attribute("attribute_update, alone", update)
@@ -224,12 +226,13 @@ def added(options: argparse.Namespace, rows: int, what: str) -> int:
     u = u.select(torch.arange(rows))
     update = step(model, u, 0.0)
     coefficients = summed(u).logp / u.completion_mask.sum()
+    budget = {"max_batch_tokens": options.max_batch_tokens}
     with peak_memory(model_device(model)) as found:
         if what == "score":
-            token_stats(model, e)
-            token_stats(model, u)
+            token_stats(model, e, **budget)
+            token_stats(model, u, **budget)
         elif what == "attribute":
-            attribute_update(model, e, u, update, token_coefficients=coefficients)
+            attribute_update(model, e, u, update, token_coefficients=coefficients, **budget)
         else:
             fisher_kernel(model, u, u, preconditioner=update.preconditioner)
     return found.added

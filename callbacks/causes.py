@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, compare_predictors, counterfactual_update
+from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, counterfactual_update
 from entropy_pl.objectives import counterfactual_names
 from entropy_pl.peers import Peers
 from entropy_pl.policy.rng import derived_seed, isolated_rng
@@ -17,14 +17,11 @@ from entropy_pl.policy.sample import decode_completions
 from entropy_pl.probe import EntropyProbe, ProbeScores
 from entropy_pl.registry import did_you_mean
 from entropy_pl.reporting import AttributedTokens
-from entropy_pl.reporting.attributing import attributed_tokens
+from entropy_pl.reporting.attributing import attribution_record
 from entropy_pl.reporting.records import Record
-from entropy_pl.rollout import Rollout, prompt_clusters
+from entropy_pl.rollout import Rollout
 from entropy_pl.updates.record import UpdateRecorder
 from entropy_pl.updates.vector import UpdateVector
-
-RewardOf = Callable[[list[str], list[str]], Any]
-"""From prompts and completions, texts, to a reward each; None where the run does not know."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +67,13 @@ class RunSources:
 
     Args:
         update_batch: the U-batch of the step under way; called from the optimizer's hook.
-        rewards: of E's completions.
+        rewards: from prompts and completions, texts, to a reward each; None where it does not know.
+        rewards_take_ids: whether ``rewards`` takes the completions' token ids, lists, as a third argument.
     """
 
     update_batch: Callable[[], UpdateBatch | None] | None = None
-    rewards: RewardOf | None = None
+    rewards: Callable[..., Any] | None = None
+    rewards_take_ids: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +127,13 @@ class CausesOfStep:
         """
         rewards, why = None, "the run does not say what a completion of E is worth: give reward="
         if self.sources.rewards is not None:
+            asked = [prompts, decode_completions(self.tokenizer, rollout)]
+            if self.sources.rewards_take_ids:
+                rows = zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)
+                asked.append([ids[mask].tolist() for ids, mask in rows])
             try:
-                found = self.sources.rewards(prompts, decode_completions(self.tokenizer, rollout)) if prompts else []
+                with isolated_rng(derived_seed(self.seed, f"rewards of step {self.step}")):
+                    found = self.sources.rewards(*asked) if prompts else []
                 rewards = None if found is None else torch.as_tensor(found, dtype=torch.float64)
             except Exception as error:
                 why = f"the run could not reward E's completions. {type(error).__name__}: {error}"
@@ -184,14 +188,18 @@ class CausesOfStep:
             )
             whole = batch.gathered(self.peers)
             matrix, stderr = self._priced_apart(rollout, update, batch, scores, attribution)
-            options: dict[str, Any] = {"step": self.step, "lr": update.lr, "unit": self.probe.normalize}
-            tokens = attributed_tokens(attribution, whole, self.tokenizer, matrix=matrix, stderr=stderr, **options)
-            found: Record = {"attribution": attribution.to_dict() | tokens.summary()}
+            found, tokens = attribution_record(
+                attribution,
+                whole,
+                self.tokenizer,
+                step=self.step,
+                lr=update.lr,
+                unit=self.probe.normalize,
+                matrix=matrix,
+                stderr=stderr,
+            )
             if whole.advantages is None:
                 self.absent["predictors"] = "the U-batch has no advantages"
-            else:
-                predictors = compare_predictors(attribution, whole, clusters=prompt_clusters(whole.rollout))
-                found["predictors"] = {name: predictor.to_dict() for name, predictor in predictors.items()}
         except Exception as error:
             self.absent["attribution"] = f"{type(error).__name__}: {error}"
             return {}, None

@@ -223,7 +223,9 @@ class ProbeDoor:
                 max_new_tokens=self._max_new_tokens or max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
                 peers=peers,
                 causes=self._causes,
-                sources=sources if self._reward_of is None else replace(sources, rewards=self._reward_of),
+                sources=sources
+                if self._reward_of is None
+                else replace(sources, rewards=self._reward_of, rewards_take_ids=False),
                 **self._sampling,
             )
 

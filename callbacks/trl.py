@@ -160,7 +160,7 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
         if self._causes.needs_batch and trainer is not None and hasattr(trainer, SCORING):
             self._capture = StepCapture(trainer)
         rewards = TrainerRewards(trainer, tokenizer, rows) if getattr(trainer, "reward_funcs", None) else None
-        return RunSources(self._update_batch, rewards)
+        return RunSources(self._update_batch, rewards, rewards_take_ids=True)
 
     def _update_batch(self) -> UpdateBatch:
         trainer, session = self._trainer, self._session

@@ -375,22 +375,15 @@ class GRPOModule(LightningModule):
         if self._taken is None or self._gradient_norm is None:
             return None
         batch, old_logp, logp = self._taken
-        token_coefficients, entropy_coefficients = self.policy_gradient.coefficients(batch, logp, old_logp)
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         scale = torch.clamp(limit / (self._gradient_norm + 1e-6), max=1.0)  # as torch's clip_grad_norm_ computes it
-        return UpdateBatch(
-            batch.rollout,
-            token_coefficients,
+        return UpdateBatch.of_step(
+            self.policy_gradient,
+            batch,
+            logp,
+            old_logp,
             gradient_scale=float(scale),
-            entropy_coefficients=entropy_coefficients,
-            divided_by="tokens" if self.policy_gradient.loss.loss_type in ("dapo", "bnpo") else "completions",
-            advantages=batch.advantages,
-            old_logp=old_logp,
-            weights=batch.weights,
-            ref_logp=batch.ref_logp,
-            policy_gradient=self.policy_gradient,
             max_grad_norm=self.max_grad_norm,
-            selected=batch.selected,
         )
 
     def rewards_of(self, prompts: list[str], completions: list[str]) -> Tensor | None:

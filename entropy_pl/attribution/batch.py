@@ -10,7 +10,7 @@ from torch import Tensor
 from entropy_pl.attribution.errors import Divisor
 from entropy_pl.attribution.shares import Shares
 from entropy_pl.peers import Peers
-from entropy_pl.policy_gradient import PolicyGradient
+from entropy_pl.policy_gradient import PolicyGradient, TrainingBatch
 from entropy_pl.rollout import Rollout
 
 
@@ -37,7 +37,6 @@ class UpdateBatch:
         ref_logp: log-probs of the reference policy, ``[N, T]``.
         policy_gradient: the loss, as settings; None where it is not one of this package's.
         max_grad_norm: what the gradient's norm is clipped to; None: not clipped.
-        selected: tokens that a covariance intervention chose, ``[N, T]``.
 
     Raises:
         ValueError: if a shape is not the rollout's.
@@ -54,16 +53,51 @@ class UpdateBatch:
     ref_logp: Tensor | None = field(default=None, repr=False)
     policy_gradient: PolicyGradient | None = field(default=None, repr=False)
     max_grad_norm: float | None = None
-    selected: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         shape = self.rollout.completion_mask.shape
-        for name in ("token_coefficients", "entropy_coefficients", "old_logp", "weights", "ref_logp", "selected"):
+        for name in ("token_coefficients", "entropy_coefficients", "old_logp", "weights", "ref_logp"):
             value = getattr(self, name)
             if value is not None and value.shape != shape:
                 raise ValueError(f"expected {name} of the completions' shape {list(shape)}, got {list(value.shape)}")
         if self.advantages is not None and self.advantages.shape != shape[:1]:
             raise ValueError(f"expected one advantage per completion, [{shape[0]}], got {list(self.advantages.shape)}")
+
+    @classmethod
+    def of_step(
+        cls,
+        policy_gradient: PolicyGradient,
+        batch: TrainingBatch,
+        logp: Tensor,
+        old_logp: Tensor | None = None,
+        *,
+        gradient_scale: float = 1.0,
+        max_grad_norm: float | None = None,
+    ) -> UpdateBatch:
+        """Of a step on one of this package's losses.
+
+        Args:
+            policy_gradient: the loss.
+            batch: what was learnt.
+            logp: log-probs at the θ of before the step, ``[N, T]``, as ``PolicyGradient.backward`` returns them.
+            old_logp: log-probs at the sampling θ; None: it is the θ of before the step.
+            gradient_scale: the factor that clipping by norm put on the gradient.
+            max_grad_norm: what it was clipped to.
+        """
+        token_coefficients, entropy_coefficients = policy_gradient.coefficients(batch, logp, old_logp)
+        return cls(
+            batch.rollout,
+            token_coefficients,
+            gradient_scale=gradient_scale,
+            entropy_coefficients=entropy_coefficients,
+            divided_by="tokens" if policy_gradient.loss.loss_type in ("dapo", "bnpo") else "completions",
+            advantages=batch.advantages,
+            old_logp=old_logp,
+            weights=batch.weights,
+            ref_logp=batch.ref_logp,
+            policy_gradient=policy_gradient,
+            max_grad_norm=max_grad_norm,
+        )
 
     def gathered(self, peers: Peers) -> UpdateBatch:
         """The whole batch, where each process holds some of its rows; all of them call this."""
@@ -85,5 +119,4 @@ class UpdateBatch:
             old_logp=rows(self.old_logp),
             weights=rows(self.weights),
             ref_logp=rows(self.ref_logp),
-            selected=rows(self.selected),
         )

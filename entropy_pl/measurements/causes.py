@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from entropy_pl.attribution import compare_predictors, counterfactual_update
+from entropy_pl.attribution import counterfactual_update
 from entropy_pl.measurements.settings import MeasurementSettings, PrecisionSettings
 from entropy_pl.measurements.update import MeasuredUpdate, gradient_precision, same_choice_of_tokens
 from entropy_pl.objectives import RewardSum
 from entropy_pl.policy import decode_completions
 from entropy_pl.probe import ProbeScores
 from entropy_pl.reporting import AttributedTokens, Record
-from entropy_pl.reporting.attributing import attributed_tokens
-from entropy_pl.rollout import Rollout, prompt_clusters
+from entropy_pl.reporting.attributing import attribution_record
+from entropy_pl.rollout import Rollout
 from entropy_pl.updates import UpdateVector
 
 OF_A_PAIR = "the difference of two checkpoints has no U-batch: measure one checkpoint with its optimizer's state"
@@ -104,7 +104,7 @@ class Causes:
                     self.model, rollout, vector, batch, scores, blocks=blocks, update_base=attribution.stats
                 )
                 on_pass("error bars of tokens")
-            tokens = attributed_tokens(
+            return attribution_record(
                 attribution,
                 batch,
                 self.tokenizer,
@@ -114,15 +114,9 @@ class Causes:
                 matrix=matrix,
                 stderr=stderr,
             )
-            predictors = compare_predictors(attribution, batch, clusters=prompt_clusters(batch.rollout))
         except Exception as error:
             self.absent["attribution"] = _said(error)
             return {}, None
-        found = {
-            "attribution": attribution.to_dict() | tokens.summary(),
-            "predictors": {name: predictor.to_dict() for name, predictor in predictors.items()},
-        }
-        return found, tokens
 
 
 def _without_float16(precision: PrecisionSettings) -> PrecisionSettings:

@@ -69,20 +69,12 @@ class UGradient:
 
     def update_batch(self, gradient_scale: float, max_grad_norm: float | None) -> UpdateBatch:
         """What attribution and other losses need of it; the arguments are what clipping did, and was told."""
-        batch, objective = self.batch, self.objective
-        token_coefficients, entropy_coefficients = objective.coefficients(batch, self.logp)
-        return UpdateBatch(
-            batch.rollout,
-            token_coefficients,
+        return UpdateBatch.of_step(
+            self.objective,
+            self.batch,
+            self.logp,
             gradient_scale=gradient_scale,
-            entropy_coefficients=entropy_coefficients,
-            divided_by="tokens" if objective.loss.loss_type in ("dapo", "bnpo") else "completions",
-            advantages=batch.advantages,
-            weights=batch.weights,
-            ref_logp=batch.ref_logp,
-            policy_gradient=objective,
             max_grad_norm=max_grad_norm,
-            selected=batch.selected,
         )
 
 

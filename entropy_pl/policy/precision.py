@@ -22,7 +22,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     """The model as a probe uses it: eval mode, no autocast, no TF32, every floating tensor float32 or better.
 
     (TF32 only where `matmul_precision` asks for it.) What trainers wrap around ``forward`` is off: `torch.compile`, and
-    the autocast that Accelerate puts inside it, where no outer context reaches. Attention kernels that know half
+    the autocast that Accelerate puts inside it, where no outer context reaches; so is what gradient checkpointing hooks
+    onto the embeddings. Attention kernels that know half
     precision only give way to PyTorch's. Modes, tensors and settings are put back to the bit on leaving. Quantized
     layers keep their weights and compute in float32. Entering it again inside costs nothing but a walk over the
     modules.
@@ -113,6 +114,7 @@ def _undisguised(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     with (
         evaluation_mode(model),
         own_forward(model),
+        _inputs_without_gradient(model),
         _attention_in_any_precision(model),
         _without_autocast(model),
         _at_least(model, dtype),
@@ -152,6 +154,27 @@ def own_forward(model: nn.Module) -> Iterator[None]:
     finally:
         for attributes, name, value in reversed(kept):
             attributes[name] = value
+
+
+@contextmanager
+def _inputs_without_gradient(model: nn.Module) -> Iterator[None]:
+    """The embeddings without the hook by which gradient checkpointing makes their outputs require a gradient.
+
+    Nothing is checkpointed in eval mode, and forward mode cannot pass the hook.
+    """
+    kept = [
+        (module._forward_hooks, key, hook)
+        for module in model.modules()
+        for key, hook in module._forward_hooks.items()
+        if getattr(hook, "__name__", "").startswith("make_inputs_require_grad")  # Transformers' and PEFT's
+    ]
+    try:
+        for hooks, key, _ in kept:
+            hooks[key] = lambda *_: None
+        yield
+    finally:
+        for hooks, key, hook in kept:
+            hooks[key] = hook
 
 
 @contextmanager

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch
+from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, compare_predictors
 from entropy_pl.estimators.snis import Normalize
 from entropy_pl.reporting.attributed import AttributedTokens
+from entropy_pl.reporting.records import Record
+from entropy_pl.rollout import prompt_clusters
 
 
 def attributed_tokens(
@@ -67,3 +71,25 @@ def attributed_tokens(
             "first_order": lr * attribution.first_order,
         },
     )
+
+
+def attribution_record(
+    attribution: Attribution, batch: UpdateBatch, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> tuple[Record, AttributedTokens]:
+    """What a record keeps of an attribution, and all of it.
+
+    Args:
+        attribution: per unit η.
+        batch: the whole U-batch.
+        tokenizer: of the policy.
+        options: of :func:`attributed_tokens`.
+
+    Returns:
+        The keys ``attribution`` and, where the batch has advantages, ``predictors``; and every token.
+    """
+    tokens = attributed_tokens(attribution, batch, tokenizer, **options)
+    record: Record = {"attribution": attribution.to_dict() | tokens.summary()}
+    if batch.advantages is not None:
+        predictors = compare_predictors(attribution, batch, clusters=prompt_clusters(batch.rollout))
+        record["predictors"] = {name: predictor.to_dict() for name, predictor in predictors.items()}
+    return record, tokens

@@ -101,7 +101,7 @@ def attribution_table(record: Mapping[str, Any]) -> Group:
             Text(name),
             with_error(value, number(part, "stderr")),
             DASH if math.isnan(over_u) else f"{over_u:.1e}",
-            f"{100 * value / whole:.1f} %" if whole and math.isfinite(value / whole) else DASH,
+            f"{round(100 * value / whole, 1) + 0.0:.1f} %" if whole and math.isfinite(value / whole) else DASH,
         )
     counterfactuals = record.get("counterfactuals") or {}
     if not counterfactuals:

@@ -272,7 +272,8 @@ def grpo_run(case: Mapping[str, Any], folder: Path, with_probe: bool) -> tuple[T
     seen: list[Any] = []
 
     def reward(completions: list[str], prompts: list[str], **_: Any) -> list[float]:
-        seen.append([prompts, completions])
+        if not prompts[0].endswith("?"):  # E's
+            seen.append([prompts, completions])
         return [sum(c.isdigit() for c in text) + random.random() for text in completions]
 
     args = trl.GRPOConfig(

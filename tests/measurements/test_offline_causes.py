@@ -461,7 +461,7 @@ def test_an_attribution_that_fails_costs_nothing_else(config):
     """The sweep is there, and the reason."""
     measurement = EntropyMeasurements(config(attribution={"enabled": True}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("entropy_pl.measurements.causes.compare_predictors", broken)
+        patch.setattr("entropy_pl.measurements.causes.attribution_record", broken)
         results = measurement.run_experiments()
     assert results["absent"] == {"attribution": "RuntimeError: out of memory"}
     assert results["attribution"] is None

@@ -297,3 +297,20 @@ class TestMethod:
             assert (id(t), t.data_ptr(), t.dtype) == (identity, pointer, dtype)
             assert torch.equal(t, value)
             assert t.grad is None
+
+
+def test_gradient_checkpointing_is_no_obstacle(tiny_model):
+    """Its hook on the embeddings, which forward mode cannot pass, is off for the time, and back after it."""
+    update = UpdateVector(
+        {n: torch.ones_like(p, dtype=torch.float64) for n, p in tiny_model.named_parameters()}, lr=1e-3
+    )
+    rollout = Rollout(
+        torch.tensor([[4, 5]]), torch.ones(1, 2).bool(), torch.tensor([[6, 7, 1]]), torch.ones(1, 3).bool()
+    )
+    plain = token_stats_jvp(tiny_model, rollout, update, method="forward_mode")[1]
+    tiny_model.gradient_checkpointing_enable()
+    tiny_model.enable_input_require_grads()
+    hooks = dict(tiny_model.get_input_embeddings()._forward_hooks)
+    assert hooks
+    assert torch.equal(token_stats_jvp(tiny_model, rollout, update, method="forward_mode")[1].logp, plain.logp)
+    assert dict(tiny_model.get_input_embeddings()._forward_hooks) == hooks
