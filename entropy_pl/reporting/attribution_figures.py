@@ -325,12 +325,15 @@ def exchange_rate_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     points = left.scatter(x[real], y[real], c=steps[real], cmap="viridis", s=22, zorder=3)
     left.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     left.axvline(0, color=GREY, linewidth=0.8, zorder=1)
-    left.set_xlabel(r"$\Delta J$, change of mean reward by the step", labelpad=BELOW_POWER)
+    left.set_xlabel(r"$\Delta J$, of the mean reward")
     left.set_ylabel(rf"$\Delta H$ [{units_of(kept)}]")
     left.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
     finish(left, "y")
     if real.sum() > 1:
         figure.colorbar(points, ax=left, label="optimizer step", aspect=40, pad=0.02)
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(wspace=0.08)  # type: ignore[call-arg]  # constrained
 
     rates = [record.get("exchange_rate") for record in kept]
     values = column(rates, "value")

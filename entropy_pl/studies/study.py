@@ -28,6 +28,11 @@ class StudySettings(MeasurementSettings):
                 "expected detailed_logging.enabled: false, got true: a study keeps a record of every cell; "
                 "`entropy-pl measure` writes the detailed log of a single measurement"
             )
+        if self.attribution.asked:
+            raise ValueError(
+                "expected attribution.enabled: false and no counterfactuals, got some: a study repeats the measurement of "
+                "ΔH and δH₁; `entropy-pl measure` attributes a single one"
+            )
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,11 @@ def test_grpo_under_accelerate_launch(tmp_path):
     assert [(r["step"], r["status"], r["processes"]) for r in first] == [(0, "ok", 2), (1, "ok", 2)]
     assert first == second
     assert first[0]["entropy"]["n_sequences"] == 12
+    for record in first:  # the U-batch of both, and the rewards of both shares of E
+        assert record["absent"] == {}
+        found_of = record["attribution"]
+        # float32 and central differences: 5 % at Adam's first step, where P is largest for the least gradients
+        assert abs(found_of["remainder"]["gradient"]) < 0.1 * abs(found_of["tokens"]["value"])
     assert len(read_records(tmp_path / "probed/entropy_probe/records.jsonl")) == 2
     for without, with_probe in zip(plain, probed, strict=True):
         assert without["logged"] == with_probe["logged"]

@@ -41,6 +41,7 @@ def test_the_config_in_a_study_folder_can_be_read_again(name, settings_of, tmp_p
     [
         ("convergence", {"output_directory": None}, "expected output_directory"),
         ("convergence", {"detailed_logging": {"enabled": True}}, "expected detailed_logging.enabled: false"),
+        ("variance", {"attribution": {"enabled": True}}, "expected attribution.enabled: false and no counterfactuals"),
         ("convergence", {"study": {"sizes": [64]}}, "expected study.sizes between 2 and B_E = 32"),
         ("convergence", {"study": {"size": [8]}}, "did you mean 'study.sizes'"),
         ("variance", {"study": {"reference": "prefix+gae(0.8)"}}, "expected an unbiased study.reference"),
