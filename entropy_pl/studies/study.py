@@ -30,8 +30,8 @@ class StudySettings(MeasurementSettings):
             )
         if self.attribution.asked:
             raise ValueError(
-                "expected attribution.enabled: false and no counterfactuals, got some: a study repeats the measurement of "
-                "ΔH and δH₁; `entropy-pl measure` attributes a single one"
+                "expected attribution.enabled: false and no counterfactuals, got some: a study repeats the measurement "
+                "of ΔH and δH₁; `entropy-pl measure` attributes a single one"
             )
 
 
