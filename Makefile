@@ -8,7 +8,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadscope
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-seeds bench lint format clean
+.PHONY: help install demo test test-slow test-seeds bench bench-attribution lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ test-seeds: install  ## does GRPO raise the demo's reward on three seeds?
 
 bench: install  ## what a probe costs, against the formulas of docs/scaling.md
 	$(BIN)/python benchmarks/probe_cost.py
+
+bench-attribution: install  ## what an attribution costs; POLICY and DATA name a policy's folder and GSM8K's
+	$(BIN)/python benchmarks/attribution_cost.py --policy $(POLICY) --data $(DATA)
 
 lint: install  ## linter, formatter and type checker
 	$(BIN)/ruff check .

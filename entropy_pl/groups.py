@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entropy_pl.data.datamodule import PromptBatch
+from entropy_pl.data.batch import PromptBatch
 from entropy_pl.objectives import RewardSum, zero_advantage_groups
 from entropy_pl.policy import decode_completions, end_token_ids, sample_completions
 from entropy_pl.rollout import Rollout

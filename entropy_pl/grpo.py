@@ -50,7 +50,8 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_pl.attribution import UpdateBatch
-from entropy_pl.data.datamodule import PromptBatch, PromptDataModule
+from entropy_pl.data.batch import PromptBatch
+from entropy_pl.data.datamodule import PromptDataModule
 from entropy_pl.data.registry import format_prompt
 from entropy_pl.groups import Groups, GroupSampler, ZeroAdvantage
 from entropy_pl.objectives import AdvantageKind, AdvantageSign, LossSettings, LossType, PolicyLoss, RewardSum

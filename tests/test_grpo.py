@@ -17,7 +17,8 @@ from written import written_rollout
 import entropy_pl.groups
 from entropy_pl.attribution import UpdateBatch
 from entropy_pl.cli import main
-from entropy_pl.data.datamodule import PromptBatch, PromptDataModule
+from entropy_pl.data.batch import PromptBatch
+from entropy_pl.data.datamodule import PromptDataModule
 from entropy_pl.grpo import GRPOModule
 from entropy_pl.objectives import INTERVENTIONS, AdvantageKind, LossSettings, LossType, intervened, register_reward
 from entropy_pl.policy import LoraSettings, PolicySettings, load_policy, load_policy_from, sample_completions

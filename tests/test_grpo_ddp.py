@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from written import written_rollout
 
 import entropy_pl.groups
-from entropy_pl.data.datamodule import PromptBatch, PromptDataModule
+from entropy_pl.data.batch import PromptBatch
+from entropy_pl.data.datamodule import PromptDataModule
 from entropy_pl.grpo import GRPOModule, _check_strategy
 from entropy_pl.objectives import LossSettings, LossType, register_reward, select_tokens, token_covariance
 from entropy_pl.policy import LoraSettings, Policy, PolicySettings, load_policy, load_policy_from

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import configparser
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,15 @@ def test_estimators_know_arrays_only():
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not {name.split(".")[0] for name in names} & {"lightning", "transformers", "peft", "pathlib", "os"}
+
+
+def test_only_what_trains_with_lightning_loads_it():
+    """Who trains otherwise, or measures offline, need not wait for it."""
+    rooms = ("probe", "attribution", "policy_gradient", "reporting", "callbacks.trl")
+    imports = "; ".join(f"import entropy_pl.{room}" for room in rooms)
+    told = f"import sys; {imports}; print('lightning' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.split()[-1] == "False"
 
 
 def test_every_package_is_installed():

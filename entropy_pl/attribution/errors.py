@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from entropy_pl.estimators import first_order_delta_entropy, jackknife_standard_error
-from entropy_pl.estimators.estimate import EntropyChange, cluster_index, standard_error
+from entropy_pl.estimators import first_order_coefficients, first_order_delta_entropy, jackknife_standard_error
+from entropy_pl.estimators.estimate import cluster_index, standard_error
 from entropy_pl.estimators.snis import Clusters
 from entropy_pl.rollout import TokenStats
 
@@ -23,39 +26,46 @@ class ErrorBar:
 
     Args:
         influence: from the influence of every sequence.
-        jackknife: from the estimate without each prompt, or group of prompts.
+        jackknife: from the estimate without each prompt, or group of prompts; NaN of fewer than three.
     """
 
     influence: float
     jackknife: float
 
 
-def error_over_e(
-    base: TokenStats, tangent: TokenStats, clusters: Clusters, baseline: Tensor | None, **options: Any
-) -> ErrorBar:
-    """How well E measures the change along a direction.
+def errors_over_e(
+    base: TokenStats, along: Mapping[str, TokenStats], clusters: Clusters, baseline: Tensor | None, **options: Any
+) -> dict[str, ErrorBar]:
+    """How well E measures the change along some directions.
 
     Args:
         base: statistics of E at θ, ``[N, T]``.
-        tangent: their derivatives along the direction.
+        along: name of a direction → their derivatives along it.
         clusters: prompt of each sequence, ``[N]``, where prompts repeat.
         baseline: of the estimate, ``[N, T]``; it stays as it was fitted.
         options: of :func:`~entropy_pl.estimators.first_order_delta_entropy`.
     """
+    groups = min(JACKKNIFE_GROUPS, len(set(cluster_index(clusters, len(base)).tolist())))
+    kept: dict[bytes, TokenStats] = {}
 
-    def estimate(rows: Tensor) -> EntropyChange:
-        return first_order_delta_entropy(
-            base.select(rows),
-            tangent.select(rows),
-            baseline=None if baseline is None else baseline[rows],
-            **options,
-        )
+    def of(rows: Tensor, tangent: TokenStats) -> float:
+        """The estimate is linear in the tangents: what it multiplies them by is made once for all directions."""
+        key = rows.numpy().tobytes()
+        if key not in kept:
+            subtracted = None if baseline is None else baseline[rows]
+            kept[key] = first_order_coefficients(base.select(rows), baseline=subtracted, **options)
+        some, a = tangent.select(rows), kept[key]
+        return float((a.logp * some.logp + a.entropy * some.entropy).sum())
 
-    influence, _ = standard_error(estimate(torch.arange(len(base))).influence, clusters)
-    jackknife = jackknife_standard_error(
-        lambda rows: estimate(rows).value, len(base), clusters=clusters, groups=JACKKNIFE_GROUPS
-    )
-    return ErrorBar(influence, jackknife)
+    def error(tangent: TokenStats) -> ErrorBar:
+        whole = first_order_delta_entropy(base, tangent, baseline=baseline, **options)
+        jackknife = math.nan
+        if groups > 2:
+            estimate = partial(of, tangent=tangent)
+            jackknife = jackknife_standard_error(estimate, len(base), clusters=clusters, groups=groups)
+        return ErrorBar(standard_error(whole.influence, clusters)[0], jackknife)
+
+    return {name: error(tangent) for name, tangent in along.items()}
 
 
 def error_over_u(per_sequence: Tensor, sizes: Tensor, clusters: Clusters) -> ErrorBar | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_pl.attribution.errors import Divisor, ErrorBar, error_over_e, error_over_u, loss_sizes
+from entropy_pl.attribution.errors import Divisor, ErrorBar, error_over_u, errors_over_e, loss_sizes
 from entropy_pl.attribution.shares import Shares
 from entropy_pl.estimators import first_order_coefficients
 from entropy_pl.estimators.snis import Clusters, Integrand, Normalize, Weighting
@@ -202,7 +202,7 @@ def attribute_update(
             update_clusters = shares.clusters(update_rollout)
 
         def tangent_along(direction: Direction) -> TokenStats:
-            v = UpdateVector(direction, lr=0.0)
+            v = UpdateVector(direction, lr=update.lr)  # from which a step to difference by is looked for
             return shares.stats(one_sided_tangent(model, eval_rollout, v, own_base, **passes))
 
         whole = tangent_along(update.direction) if tangent is None else tangent
@@ -221,7 +221,7 @@ def attribute_update(
             OTHER_GRADIENT: parts["gradient"] - tokens - entropy_term,
             OTHER_UPDATE: first_order - sum(parts.values()),
         },
-        over_e={name: error_over_e(base, stats, clusters, baseline, **estimate) for name, stats in along.items()},
+        over_e=errors_over_e(base, along, clusters, baseline, **estimate),
         over_u=error_over_u(per_token.sum(1), loss_sizes(u_stats.mask, divided_by), update_clusters),
         stats=u_stats,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,22 +11,8 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from entropy_pl.data.batch import PromptBatch
 from entropy_pl.data.registry import PromptExample, check_template, format_prompt, get_dataset
-
-
-@dataclass  # not frozen: Lightning's half precision plugin rebuilds batches field by field
-class PromptBatch:
-    """Formatted prompts with their reference answers, one answer per prompt."""
-
-    prompts: list[str]
-    answers: list[str]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def to(self, device: torch.device | str, **_: Any) -> PromptBatch:
-        """Text has no device: the batch itself. Lightning asks for nothing more."""
-        return self
 
 
 class EpochOrder(DistributedSampler[PromptExample]):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from entropy_pl.policy.adapter import trainable_parameters
+from entropy_pl.policy.gradients import MAX_GRAPH_TOKENS
 from entropy_pl.policy.precision import is_quantized
 from entropy_pl.policy.sample import MAX_ROWS
 from entropy_pl.policy.score import HEAD_CHUNK_BYTES, default_batch_tokens, output_head
@@ -93,7 +94,11 @@ def probe_memory(
     scored = tokens * max_new_tokens // length  # of which the head makes logits
     numbers = sum(p.numel() for p in trainable)
     vectors = numbers * 2 * torch.float64.itemsize
-    graph = tokens * layers * (SAVED_HIDDEN * hidden + SAVED_INNER * inner) + 2 * scored * vocabulary
+    in_graph = tokens if probe.max_batch_tokens else min(tokens, MAX_GRAPH_TOKENS)
+    graph = (
+        in_graph * layers * (SAVED_HIDDEN * hidden + SAVED_INNER * inner)
+        + 2 * (in_graph * max_new_tokens // length) * vocabulary
+    )
     entropy_bytes = scored * vocabulary * getattr(torch, probe.entropy_dtype).itemsize
     return ProbeMemory(
         snapshot=(1 + 2 * moments) * sum(p.numel() * p.element_size() for p in trainable),

@@ -13,7 +13,7 @@ from steps import G, N, direction_of, log_probs, random_rollout, take_steps
 
 from entropy_pl import token_stats_jvp
 from entropy_pl.attribution import attribute_update, errors
-from entropy_pl.attribution.errors import error_over_e, error_over_u, loss_sizes
+from entropy_pl.attribution.errors import error_over_u, errors_over_e, loss_sizes
 from entropy_pl.estimators import first_order_delta_entropy
 from entropy_pl.policy.precision import evaluation, float64_evaluation
 from entropy_pl.policy.tangents import one_sided_tangent
@@ -64,7 +64,7 @@ def test_over_e_in_loops(step, with_baseline):
     base, tangent = exact_tangent(step, "first_order")
     baseline = 0.1 * base.entropy if with_baseline else None
     prompts = torch.arange(12) // 2
-    bar = error_over_e(base, tangent, prompts, baseline, weighting="sequence")
+    bar = errors_over_e(base, {"v": tangent}, prompts, baseline, weighting="sequence")["v"]
     without = []
     for prompt in range(6):
         rows = torch.tensor([i for i in range(12) if i // 2 != prompt])
@@ -172,7 +172,7 @@ def coverage(context) -> dict[str, float]:
     for _ in range(500):
         rows = torch.from_numpy(rng.choice(len(p), 128, p=p / p.sum()))
         value = first_order_delta_entropy(base.select(rows), exact.select(rows)).value
-        bar = error_over_e(base.select(rows), one_sided.select(rows), None, None)
+        bar = errors_over_e(base.select(rows), {"v": one_sided.select(rows)}, None, None)["v"]
         for kind in covered:
             covered[kind] += abs(value - slope) <= 1.96 * getattr(bar, kind)
     return {kind: count / 500 for kind, count in covered.items()}
@@ -189,3 +189,12 @@ def test_intervals_over_e_cover_by_either_way():
     covered = coverage(float64_evaluation)
     assert 0.92 <= covered["influence"] <= 0.98
     assert 0.90 <= covered["jackknife"] <= 0.98  # of 20 groups: their noise takes 2 % from a normal interval
+
+
+def test_two_prompts_have_no_jackknife(step, found):
+    """Without one of them a single sequence is left, of which no estimate can be made."""
+    with float64_evaluation(step.model):
+        base, tangent = token_stats_jvp(step.model, step.e.select(torch.arange(2)), step.update)
+    bar = errors_over_e(base, {"v": tangent}, None, None)["v"]
+    assert bar.influence > 0
+    assert math.isnan(bar.jackknife)

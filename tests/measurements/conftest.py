@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, Trainer
 from torch.utils.data import DataLoader
 
-from entropy_pl.data.datamodule import PromptBatch
+from entropy_pl.data.batch import PromptBatch
 from entropy_pl.data.registry import PromptExample, register_dataset
 from entropy_pl.grpo import GRPOModule
 from entropy_pl.objectives import register_reward
