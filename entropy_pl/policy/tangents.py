@@ -159,8 +159,8 @@ def one_sided_tangent(
 ) -> TokenStats:
     """First derivatives (ṡ, ḣ) along v by one plain pass, (stats(h) − stats(0))/h: good enough for an error bar.
 
-    Off by ½h times the second derivative: with the step at which the largest |Σ_k r_ik| is about 0.05, or 1e-3 in float64,
-    typically by a few per cent (a few thousandths); by more along a direction of little slope and much curvature.
+    Off by ½h times the second derivative: where the largest |Σ_k r_ik| is about 0.05, or 1e-3 in float64, as
+    here, typically by a few per cent (a few thousandths); by more along a direction of little slope and much curvature.
 
     Args:
         model: a causal language model.

@@ -17,6 +17,7 @@ from entropy_pl.probe.engine import EntropyProbe
 
 READING_BYTES = 48  # a number: Δθ, AdamW's three parts of it, and what is left of their sum, in float64
 SAVED_HIDDEN, SAVED_INNER = 10, 4  # numbers a layer keeps for its backward pass, per token, in hidden and inner sizes
+BACKWARD = 2  # times that at its peak: as measured, what is kept and about as much on the way back
 HEAD_TEMPORARIES = 3  # of a chunk of logits in the entropy's dtype: shifted, exponentials, and their products
 
 

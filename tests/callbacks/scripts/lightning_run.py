@@ -74,10 +74,10 @@ def main() -> None:
         callbacks.append(EntropyProbeCallback(prompts, **options["probe"]))
         if fails[0] == "keep":
 
-            def snapshot(self: Any) -> None:
+            def snapshot(self: Any, moments: bool = False) -> None:
                 if module.global_rank == fails[1] and module.global_step == 0:
                     raise torch.OutOfMemoryError("no room for this rank's snapshot")
-                keep(self)
+                keep(self, moments)
 
             keep = session.UpdateRecorder.snapshot
             session.UpdateRecorder.snapshot = snapshot
