@@ -460,7 +460,9 @@ class TestWhatTrainersWrapAround:
 
     def test_accelerates_autocast_is_set_aside(self):
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
+        AcceleratorState._reset_state(reset_partial_state=True)  # one of the process, whatever precision ran before
         accelerator = Accelerator(mixed_precision="bf16", cpu=True)
         plain = build_model()
         tokens = torch.arange(4, 10)[None]
@@ -473,3 +475,4 @@ class TestWhatTrainersWrapAround:
             assert torch.equal(model(input_ids=tokens).logits, expected)
         assert vars(model)["forward"] is before
         assert torch.equal(model(input_ids=tokens).logits, wrapped)
+        AcceleratorState._reset_state(reset_partial_state=True)
