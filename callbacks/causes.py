@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, counterfactual_update
+from entropy_pl.estimators.reward import checked_rewards
 from entropy_pl.objectives import counterfactual_names
 from entropy_pl.peers import Peers
 from entropy_pl.policy.rng import derived_seed, isolated_rng
@@ -17,7 +18,7 @@ from entropy_pl.policy.sample import decode_completions
 from entropy_pl.probe import EntropyProbe, ProbeScores
 from entropy_pl.registry import did_you_mean
 from entropy_pl.reporting import AttributedTokens
-from entropy_pl.reporting.attributing import attribution_record
+from entropy_pl.reporting.attributing import attribution_record, noted
 from entropy_pl.reporting.records import Record
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates.record import UpdateRecorder
@@ -127,14 +128,14 @@ class CausesOfStep:
         """
         rewards, why = None, "the run does not say what a completion of E is worth: give reward="
         if self.sources.rewards is not None:
-            asked = [prompts, decode_completions(self.tokenizer, rollout)]
-            if self.sources.rewards_take_ids:
-                rows = zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)
-                asked.append([ids[mask].tolist() for ids, mask in rows])
             try:
+                asked = [prompts, decode_completions(self.tokenizer, rollout)]
+                if self.sources.rewards_take_ids:
+                    rows = zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)
+                    asked.append([ids[mask].tolist() for ids, mask in rows])
                 with isolated_rng(derived_seed(self.seed, f"rewards of step {self.step}")):
                     found = self.sources.rewards(*asked) if prompts else []
-                rewards = None if found is None else torch.as_tensor(found, dtype=torch.float64)
+                rewards = None if found is None else checked_rewards(found, len(rollout))
             except Exception as error:
                 why = f"the run could not reward E's completions. {type(error).__name__}: {error}"
         if not all(self.peers.exchange(rewards is not None)):
@@ -183,10 +184,12 @@ class CausesOfStep:
         if batch is None or not self.causes.attribution:
             return {}, None
         try:
-            attribution = self.probe.attribute(
-                self.model, rollout, update, batch, scores, peers=self.peers, on_pass=on_pass
-            )
-            whole = batch.gathered(self.peers)
+            with self.peers.together():
+                attribution = self.probe.attribute(
+                    self.model, rollout, update, batch, scores, peers=self.peers, on_pass=on_pass
+                )
+                whole = batch.gathered(self.peers)
+                self.peers.exchange(None)
             matrix, stderr = self._priced_apart(rollout, update, batch, scores, attribution)
             found, tokens = attribution_record(
                 attribution,
@@ -223,10 +226,12 @@ class CausesOfStep:
             return None, None
         matrix = stderr = None
         if asked["influence_matrix"]:
-            matrix = self.probe.influence_matrix(self.model, rollout, update, batch, scores)
+            with noted(self.absent, "influence_matrix"):
+                matrix = self.probe.influence_matrix(self.model, rollout, update, batch, scores)
         if asked["token_error_blocks"]:
-            blocks = self.causes.token_error_blocks
-            stderr = self.probe.token_standard_errors(
-                self.model, rollout, update, batch, scores, blocks=blocks, update_base=attribution.stats
-            )
+            with noted(self.absent, "token_error_blocks"):
+                blocks = self.causes.token_error_blocks
+                stderr = self.probe.token_standard_errors(
+                    self.model, rollout, update, batch, scores, blocks=blocks, update_base=attribution.stats
+                )
         return matrix, stderr

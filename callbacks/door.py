@@ -370,10 +370,12 @@ class ProbeDoor:
         with whatever_happens("compare theories over the run's steps"):
             earlier = [other for step, other in self._written.items() if step < record["step"]]
             add_step_agreement(record, [*earlier, *self.records])
+        tokens = None
+        if self._session is not None:  # taken, so that a step without any does not show those of another
+            tokens, self._session.attributed = self._session.attributed, None
         self.records.append(record)
         if self._writer is None:
             return
-        tokens = None if self._session is None else self._session.attributed
         with whatever_happens(f"write the record of step {record['step']}"):
             if not _is_same(record, self._written.get(record["step"])):  # a resumed run takes steps again
                 self._writer.write(record)

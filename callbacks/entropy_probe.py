@@ -146,12 +146,20 @@ class EntropyProbeCallback(ProbeDoor, Callback):
                     f"expected {type(pl_module).__name__}.update_batch() to return an entropy_pl.attribution."
                     f"UpdateBatch or None, got {type(batch).__name__}"
                 )
+            loss = None if batch is None else batch.policy_gradient
+            own = getattr(pl_module, "temperature", None) if loss is None else loss.temperature
+            if own is not None and self._temperature not in (None, own):
+                raise ValueError(
+                    f"expected the probe at the loss's temperature, {own}, at which its log-probs are, got "
+                    f"{self._temperature}: leave temperature out"
+                )
             if batch is None or batch.gradient_scale is not None or self._unclipped is None:
                 return batch
             if trainer.gradient_clip_val is None or trainer.gradient_clip_algorithm == "value":
                 return replace(batch, gradient_scale=1.0)
-            unclipped = float(self._unclipped)
-            return replace(batch, gradient_scale=float(_gradient_norm(self._watched)) / unclipped if unclipped else 1.0)
+            # as torch's clip_grad_norm_ computes it; a step may have overwritten the gradients it was given
+            limit = float(trainer.gradient_clip_val)
+            return replace(batch, gradient_scale=min(1.0, limit / (float(self._unclipped) + 1e-6)))
 
         return RunSources(update_batch, rewards)
 

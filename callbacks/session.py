@@ -229,6 +229,7 @@ class ProbeSession:
                 peers=self.peers,
                 on_pass=on_pass,
             )
+            causes.absent.update({f"counterfactuals/{name}": why for name, why in scores.failed.items()})
             found = self.probe.reduce(scores, update).to_dict()
             with timed(seconds, "attribution", self.model):
                 explained, self.attributed = causes.attribute(rollout, update, batch, scores, on_pass)

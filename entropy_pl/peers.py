@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 T = TypeVar("T")
+_TOLD = "_told_to_peers"  # set on an exception that the others know of
 
 
 class PeerError(RuntimeError):
@@ -107,8 +108,10 @@ class Peers:
         except PeerError:
             raise
         except Exception as error:
-            if self.size > 1:
+            if self.size > 1 and not getattr(error, _TOLD, False):  # by a block inside this one
                 self._gather(_Failure(f"{type(error).__name__}: {error}"))
+                with suppress(AttributeError):
+                    setattr(error, _TOLD, True)
             raise
 
     def _gather(self, value: Any) -> list[Any]:

@@ -126,3 +126,13 @@ def test_a_share_that_cannot_be_scored_fails_the_measurement_everywhere(tmp_path
     first, second = run_processes(diverge, 2, tmp_path)
     assert second.startswith("NonFiniteError: expected finite logits")
     assert first.startswith("PeerError: process 1 failed: NonFiniteError: expected finite logits")
+
+
+def test_a_failure_in_a_block_within_a_block_is_told_once(monkeypatch):
+    """Told twice, it would stand for this process's next exchange, and shift all that follow."""
+    told = []
+    monkeypatch.setattr(Peers, "_gather", lambda self, value: told.append(value) or [value, value])
+    peers = Peers(0, 2, None)
+    with pytest.raises(ValueError, match="no room"), peers.together(), peers.together():
+        raise ValueError("no room")
+    assert [said.message for said in told] == ["ValueError: no room"]

@@ -27,7 +27,7 @@ class UpdateBatch:
         token_coefficients: ∂L/∂log π(t_ik) at the θ of before the step, ``[N, T]``, of the loss L whose gradient the
             optimizer was given, before clipping.
         gradient_scale: the factor that clipping by norm put on that gradient. None, under automatic optimization in
-            Lightning: the probe takes it from the step, the gradient's norm after clipping over the one before.
+            Lightning: it follows from the gradient's norm before clipping, which the probe reads at the step.
         entropy_coefficients: ∂L/∂h_ik, ``[N, T]``, where the loss has an entropy term.
         divided_by: what the loss is divided by, the number of its ``completions`` or of their ``tokens``; for the error
             bar over U.

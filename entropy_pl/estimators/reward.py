@@ -41,7 +41,7 @@ def reward_estimate(
             statistics no estimate can be made of, as :func:`entropy_pl.estimators.snis_delta_entropy`.
     """
     check_stats(base, base=base)
-    paid = _with_integrand(base, _checked_rewards(rewards, base))
+    paid = _with_integrand(base, checked_rewards(rewards, len(base), base.logp.device))
     estimate = entropy_estimate(paid, normalize="per_sequence", clusters=clusters, confidence=confidence)
     return _of_tokens(estimate, base)
 
@@ -80,7 +80,7 @@ def snis_delta_reward(
         -0.25
     """
     check_stats(base, base=base, shifted=shifted)
-    integrand = _checked_rewards(rewards, base)
+    integrand = checked_rewards(rewards, len(base), base.logp.device)
     estimate = snis_delta_entropy(
         _with_integrand(base, integrand),
         _with_integrand(shifted, integrand),
@@ -123,7 +123,7 @@ def first_order_delta_reward(
         ValueError: as :func:`reward_estimate` and :func:`entropy_pl.estimators.first_order_delta_entropy`.
     """
     check_stats(base, base=base, tangent=tangent)
-    integrand = _checked_rewards(rewards, base)
+    integrand = checked_rewards(rewards, len(base), base.logp.device)
     estimate = first_order_delta_entropy(
         _with_integrand(base, integrand),
         _with_integrand(tangent, torch.zeros_like(integrand)),
@@ -166,20 +166,30 @@ def reward_baseline(
         ValueError: as :func:`reward_estimate` and :func:`entropy_pl.estimators.score_baseline`.
     """
     check_stats(base, base=base)
-    returns = _checked_rewards(rewards, base)[:, None] * base.mask
+    returns = checked_rewards(rewards, len(base), base.logp.device)[:, None] * base.mask
     return fit_baseline(
         kind, base, returns, returns, features=features, gae_lambda=gae_lambda, clusters=clusters, folds=folds
     )
 
 
-def _checked_rewards(rewards: Rewards, base: TokenStats) -> Tensor:
-    found = torch.as_tensor(rewards, dtype=torch.float64, device=base.logp.device).detach()
-    if found.shape != (len(base),):
-        raise ValueError(f"expected rewards of shape [{len(base)}], one per completion, got {list(found.shape)}")
+def checked_rewards(rewards: Rewards, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Rewards as ``[N]``, float64.
+
+    Args:
+        rewards: anything torch can make a tensor of.
+        count: N.
+        device: of the result.
+
+    Raises:
+        ValueError: for another shape, or rewards that are not finite.
+    """
+    found = torch.as_tensor(rewards, dtype=torch.float64, device=device).detach()
+    if found.shape != (count,):
+        raise ValueError(f"expected rewards of shape [{count}], one per completion, got {list(found.shape)}")
     unknown = int((~torch.isfinite(found)).sum())
     if unknown:
         raise ValueError(
-            f"expected a finite reward for every completion, got {unknown} of {len(base)} that are not: leave out "
+            f"expected a finite reward for every completion, got {unknown} of {count} that are not: leave out "
             "completions whose answer nobody knows"
         )
     return found

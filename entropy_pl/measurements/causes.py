@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from entropy_pl.attribution import counterfactual_update
+from entropy_pl.estimators.reward import checked_rewards
 from entropy_pl.measurements.settings import MeasurementSettings, PrecisionSettings
 from entropy_pl.measurements.update import MeasuredUpdate, gradient_precision, same_choice_of_tokens
 from entropy_pl.objectives import RewardSum
 from entropy_pl.policy import decode_completions
 from entropy_pl.probe import ProbeScores
 from entropy_pl.reporting import AttributedTokens, Record
-from entropy_pl.reporting.attributing import attribution_record
+from entropy_pl.reporting.attributing import attribution_record, noted
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates import UpdateVector
 
@@ -52,7 +53,7 @@ class Causes:
         """
         reward = RewardSum(self.settings.update.rewards, self.settings.update.reward_weights)
         try:
-            return reward(decode_completions(self.tokenizer, rollout), list(answers))[0].double()
+            return checked_rewards(reward(decode_completions(self.tokenizer, rollout), list(answers))[0], len(rollout))
         except Exception as error:  # a reward is anybody's function
             self.absent["reward"] = _said(error)
             return None
@@ -96,13 +97,15 @@ class Causes:
         try:
             attribution = probe.attribute(self.model, rollout, vector, batch, scores, on_pass=on_pass)
             if asked.influence_matrix:
-                matrix = probe.influence_matrix(self.model, rollout, vector, batch, scores)
+                with noted(self.absent, "influence_matrix"):
+                    matrix = probe.influence_matrix(self.model, rollout, vector, batch, scores)
                 on_pass("influence matrix")
             if asked.token_error_blocks:
                 blocks = asked.token_error_blocks
-                stderr = probe.token_standard_errors(
-                    self.model, rollout, vector, batch, scores, blocks=blocks, update_base=attribution.stats
-                )
+                with noted(self.absent, "token_error_blocks"):
+                    stderr = probe.token_standard_errors(
+                        self.model, rollout, vector, batch, scores, blocks=blocks, update_base=attribution.stats
+                    )
                 on_pass("error bars of tokens")
             return attribution_record(
                 attribution,

@@ -155,6 +155,7 @@ class EntropyMeasurements:
                 rewards = causes.rewards(drawn.rollout, drawn.answers)
             others = causes.counterfactuals()
             scores = self.score(drawn, rewards=rewards, counterfactuals=others, on_pass=advance)
+            causes.absent.update({f"counterfactuals/{name}": why for name, why in scores.failed.items()})
             result = settings.probe().reduce(scores, drawn.update.vector)
             with timed(seconds, "attribution", policy.model), matmul_precision(settings.precision.products):
                 explained, tokens = causes.attribute(drawn.rollout, scores, advance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from entropy_pl.attribution import (
     influence_matrix,
     token_standard_errors,
 )
+from entropy_pl.estimators.reward import checked_rewards
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.precision import evaluation, float64_evaluation, refuse_quantized
 from entropy_pl.policy.score import head_inputs, token_stats
@@ -128,18 +130,14 @@ class EntropyProbe(ProbeSettings):
         on_pass: Callable[[str], None] = lambda phase: None,
     ) -> ProbeScores:
         """The model passes of :meth:`measure` over E, with its arguments and errors."""
-        if rewards is not None and rewards.shape != (len(rollout),):
-            raise ValueError(f"expected a reward per completion of E, [{len(rollout)}], got {list(rewards.shape)}")
         with peers.together():
+            if rewards is not None:
+                rewards = checked_rewards(rewards, len(rollout))
             scores = self._score(model, rollout, update, peers, on_pass)
-            scores = replace(
-                scores,
-                clusters=clusters,
-                rewards=rewards,
-                counterfactuals=self._score_counterfactuals(
-                    model, rollout, update, counterfactuals, scores.seconds, on_pass
-                ),
+            others, failed = self._score_counterfactuals(
+                model, rollout, update, counterfactuals, scores.seconds, on_pass
             )
+            scores = replace(scores, clusters=clusters, rewards=rewards, counterfactuals=others, failed=failed)
             if peers.size > 1:
                 scores, rollout = scores.to("cpu"), rollout.to("cpu")
             shares = peers.exchange((scores, rollout))
@@ -294,19 +292,26 @@ class EntropyProbe(ProbeSettings):
         counterfactuals: Iterable[tuple[str, UpdateVector]],
         seconds: dict[str, float],
         on_pass: Callable[[str], None],
-    ) -> dict[str, CounterfactualScores]:
-        found = {}
+    ) -> tuple[dict[str, CounterfactualScores], dict[str, str]]:
+        """E after other steps; one of them that fails must not cost what was measured of the step taken."""
+        found: dict[str, CounterfactualScores] = {}
+        failed: dict[str, str] = {}
         with timed(seconds, "counterfactuals", model):
             for name, other in counterfactuals:
-                with self.evaluation(model):
-                    stats = token_stats(model, rollout, update=other, eta=update.lr, **self.scoring)
+                try:
+                    with self.evaluation(model):
+                        stats = token_stats(model, rollout, update=other, eta=update.lr, **self.scoring)
+                except Exception as error:
+                    failed[name] = f"{type(error).__name__}: {error}"
+                    warnings.warn(f"counterfactual {name!r} could not be measured. {failed[name]}", stacklevel=2)
+                    continue
                 norm = other.norm()
                 cosine = other.dot(update) / (norm * update.norm()) if norm and update.norm() else None
                 found[name] = CounterfactualScores(stats, norm, cosine)
                 on_pass("counterfactuals")
         if not found:
             del seconds["counterfactuals"]
-        return found
+        return found, failed
 
     def reduce(self, scores: ProbeScores, update: UpdateVector) -> ProbeResult:
         """The estimates of :meth:`measure`, from scores at hand; no model is needed.

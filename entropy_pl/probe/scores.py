@@ -43,6 +43,7 @@ class ProbeScores:
         seconds: wall time per phase.
         rewards: of every sequence, ``[N]``; None where nobody asked for them.
         counterfactuals: name → E after another step.
+        failed: name → why E could not be scored after that step.
     """
 
     base: TokenStats
@@ -56,6 +57,7 @@ class ProbeScores:
     seconds: dict[str, float] = field(default_factory=dict)
     rewards: Tensor | None = None
     counterfactuals: dict[str, CounterfactualScores] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.base)
@@ -78,6 +80,7 @@ class ProbeScores:
             self.seconds,
             None if self.rewards is None else self.rewards[rows],
             {name: replace(c, stats=c.stats.select(rows)) for name, c in self.counterfactuals.items()},
+            self.failed,
         )
 
     def to(self, device: torch.device | str) -> ProbeScores:

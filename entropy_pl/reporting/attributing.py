@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,15 @@ def attributed_tokens(
             "first_order": lr * attribution.first_order,
         },
     )
+
+
+@contextmanager
+def noted(absent: dict[str, str], what: str) -> Iterator[None]:
+    """What fails inside costs nothing else: ``absent[what]`` says why."""
+    try:
+        yield
+    except Exception as error:
+        absent[what] = f"{type(error).__name__}: {error}"
 
 
 def attribution_record(

@@ -18,8 +18,9 @@ FEWEST = 4  # steps: a correlation of three has no interval
 def add_step_agreement(record: Record, earlier: Sequence[Mapping[str, Any]]) -> None:
     """Add to a record's predictors how they have agreed with ΔH over the run's probes so far, this one included.
 
-    ``step_pearson`` with its 95 % interval (Fisher's z) and ``step_spearman``, over ``n_steps``: between ΔH of the step
-    taken and the learning rate times the theory's prediction. None before four steps.
+    ``step_pearson`` with its 95 % interval (Fisher's z) and ``step_spearman``, over ``n_steps``: between the theory's
+    prediction and ΔH per unit learning rate, so that a schedule, which both would share, does not pass for a theory.
+    The interval takes steps as independent, which neighbours are not. None before four steps.
 
     Args:
         record: of the step just probed; changed in place where it has predictors.
@@ -34,8 +35,9 @@ def add_step_agreement(record: Record, earlier: Sequence[Mapping[str, Any]]) -> 
 
 def _pair(record: Mapping[str, Any], name: str) -> tuple[float, float]:
     """What was predicted of a step, and what was measured."""
-    predicted = number((record.get("predictors") or {}).get(name), "step") * number(record, "lr")
-    return predicted, number((taken_point(record) or {}).get("true"), "value")
+    predicted = number((record.get("predictors") or {}).get(name), "step")
+    lr = number(record, "lr")
+    return predicted, number((taken_point(record) or {}).get("true"), "value") / lr if lr else math.nan
 
 
 def _correlations(predicted: Any, measured: Any) -> dict[str, float | None]:

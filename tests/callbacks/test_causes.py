@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from entropy_pl.estimators import snis_delta_entropy, snis_delta_reward
 from entropy_pl.grpo import GRPOModule
 from entropy_pl.objectives import INTERVENTIONS, intervened, register_reward
 from entropy_pl.policy import Policy, evaluation
+from entropy_pl.probe import EntropyProbe
 from entropy_pl.reporting import AttributedTokens
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates import UpdateRecorder, UpdateVector
@@ -394,3 +397,76 @@ def test_options_out_of_range():
         probe(attribution=False, influence_matrix=True)
     with pytest.raises(Exception, match="expected reward as a function of prompts and completions, got str"):
         probe(reward="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "why"),
+    [
+        (lambda n: [float("nan")] + [0.0] * (n - 1), "expected a finite reward for every completion, got 1 of 16"),
+        (lambda n: [[0.0]] * n, r"expected rewards of shape \[16\], one per completion, got \[16, 1\]"),
+    ],
+    ids=["nan", "shape"],
+)
+def test_a_bad_reward_costs_nothing_else(tmp_path, rewards, why):
+    callback = foreign_probe(reward=lambda prompts, completions: rewards(len(prompts)))
+    fit_foreign(ForeignModule(), tmp_path, callback, steps=3)
+    record = callback.records[1]
+    assert record["status"] == "ok"
+    assert re.search(why, record["absent"]["reward"])
+    assert record["expected_reward"] is None
+
+
+@pytest.mark.parametrize("what", ["influence_matrix", "token_standard_errors"])
+def test_an_extra_that_fails_leaves_the_attribution(tmp_path, monkeypatch, what):
+    def broken(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(EntropyProbe, what, broken)
+    callback = probe(every_n_steps=10, influence_matrix=True, token_error_blocks=3)
+    fit(grpo(), tmp_path, callback, steps=1)
+    record = callback.records[0]
+    asked = {"influence_matrix": "influence_matrix", "token_standard_errors": "token_error_blocks"}[what]
+    assert record["absent"] == {asked: "OutOfMemoryError: no room"}
+    assert record["attribution"]["tokens"]["value"] != 0
+    assert set(record["predictors"]) == {"cui", "steer"}
+
+
+def test_a_counterfactual_too_long_leaves_the_probe(tmp_path, monkeypatch):
+    """E cannot be scored after its step: what was measured of the step taken stays."""
+    update = UpdateRecorder.step_with
+
+    def astray(self: Any, gradients: Any, **options: Any) -> UpdateVector:
+        return update(self, gradients, **options).scaled(math.nan)
+
+    monkeypatch.setattr(UpdateRecorder, "step_with", astray)
+    callback = probe(every_n_steps=10, counterfactuals=["unchanged"])
+    with pytest.warns(UserWarning, match="counterfactual 'unchanged' could not be measured"):
+        fit(grpo(), tmp_path, callback, steps=1)
+    record = callback.records[0]
+    assert record["status"] == "ok"
+    assert record["counterfactuals"] == {}
+    assert record["absent"]["counterfactuals/unchanged"].startswith("NonFiniteError")
+
+
+def test_a_skipped_step_shows_nothing_of_another(tmp_path):
+    session_of: list[Any] = []
+
+    class Skipping(EntropyProbeCallback):
+        def _measure(self, step: int) -> Any:
+            session_of.append(self._session)
+            return super()._measure(step) if step == 0 else self._session.skipped(step)
+
+    callback = Skipping(num_sequences=12, every_n_steps=1, eta_multipliers=())
+    trainer = fit(grpo(), tmp_path, callback, steps=2)
+    assert [r["status"] for r in callback.records] == ["ok", "skipped"]
+    pages = sorted(p.name for p in (Path(trainer.log_dir) / "entropy_probe" / "attribution").glob("*.html"))
+    assert pages == ["step_000000.html"]
+    assert session_of[0].attributed is None
+
+
+def test_a_probe_at_another_temperature_than_the_loss(tmp_path):
+    callback = probe(every_n_steps=10, temperature=0.5)
+    fit(grpo(), tmp_path, callback, steps=1)
+    record = callback.records[0]
+    assert record["status"] == "ok"
+    assert "expected the probe at the loss's temperature, 1.0" in record["absent"]["attribution"]

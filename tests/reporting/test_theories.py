@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from scipy import stats
 
@@ -29,11 +31,20 @@ def test_correlations_over_the_steps_so_far():
     *earlier, last = run()
     add_step_agreement(last, earlier)
     found = last["predictors"]["cui"]
-    x = [p * lr for p, lr in zip(PREDICTED, RATES, strict=True)]
+    per_rate = [m / lr for m, lr in zip(MEASURED, RATES, strict=True)]
     assert found["n_steps"] == 5
-    assert found["step_pearson"] == pytest.approx(stats.pearsonr(x, MEASURED).statistic)
-    assert found["step_spearman"] == pytest.approx(stats.spearmanr(x, MEASURED).statistic)
+    assert found["step_pearson"] == pytest.approx(stats.pearsonr(PREDICTED, per_rate).statistic)
+    assert found["step_spearman"] == pytest.approx(stats.spearmanr(PREDICTED, per_rate).statistic)
     assert found["step_pearson_ci_low"] < found["step_pearson"] < found["step_pearson_ci_high"]
+
+
+def test_a_schedule_is_no_theory():
+    """A linear decay, and predictions that know nothing of ΔH/lr: no correlation (|r| < 4/sqrt(200))."""
+    rng = random.Random(0)
+    rates = [1 - i / 200 for i in range(200)]
+    *earlier, last = [record(i, 1 + rng.gauss(0, 1), lr * (1 + rng.gauss(0, 1)), lr) for i, lr in enumerate(rates)]
+    add_step_agreement(last, earlier)
+    assert abs(last["predictors"]["cui"]["step_pearson"]) < 4 / 200**0.5
 
 
 def test_too_few_steps_and_steps_without_a_prediction():
