@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from entropy_pl.callbacks.causes import Causes, CausesOfStep, RunSources
 from entropy_pl.callbacks.prompts import fingerprint
 from entropy_pl.peers import ALONE, Peers
+from entropy_pl.policy.micro_batches import model_device
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.policy.sample import check_prompts, sample_completions
-from entropy_pl.policy.score import model_device
 from entropy_pl.probe import (
     ATTRIBUTION_PASSES,
     EntropyProbe,

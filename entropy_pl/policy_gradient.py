@@ -21,7 +21,8 @@ from entropy_pl.objectives import (
 )
 from entropy_pl.objectives.losses import BatchSize, OverProcesses
 from entropy_pl.policy import evaluation_mode, reference_policy, trainable_parameters
-from entropy_pl.policy.score import compact, default_batch_tokens, micro_batches, over_micro_batches, policy_stats
+from entropy_pl.policy.micro_batches import compact, default_batch_tokens, micro_batches, over_micro_batches
+from entropy_pl.policy.score import completion_stats, policy_stats
 from entropy_pl.rollout import Rollout, TokenStats
 
 
@@ -56,7 +57,7 @@ class PolicyGradient:
         loss: loss type, clip range, KL and entropy coefficients, which tokens are taught.
         advantage: how rewards become advantages within a group.
         temperature: of the sampling distribution, whose log-probs the loss is made of.
-        max_batch_tokens: padded tokens per micro-batch; None bounds the logits' memory.
+        max_batch_tokens: padded tokens per micro-batch; None takes what the free memory and the device suggest.
         dtype: of softmax, weights and loss.
 
     Raises:
@@ -228,7 +229,7 @@ class PolicyGradient:
         self, model: nn.Module, batch: TrainingBatch, old_logp: Tensor | None
     ) -> Iterator[tuple[Tensor, PolicyLoss, TokenStats]]:
         """Rows, loss and statistics of every micro-batch, with a graph; to be differentiated before the next one."""
-        for rows in micro_batches(batch.rollout, self.max_batch_tokens or default_batch_tokens(model)):
+        for rows in micro_batches(batch.rollout, self.max_batch_tokens or default_batch_tokens(model, graph=True)):
             part = compact(batch.rollout, rows)
             width = part.completion_ids.shape[1]
             stats = policy_stats(
@@ -255,8 +256,7 @@ class PolicyGradient:
         """Log-probs in eval mode, in the autocast that the caller chose, ``[N, T]``."""
 
         def score(part: Rollout) -> tuple[Tensor]:
-            stats = policy_stats(model, part, temperature=self.temperature, dtype=self.dtype)
-            return (stats.logp[part.completion_mask],)
+            return (completion_stats(model, part, self.temperature, self.dtype)[0],)
 
         with evaluation_mode(model):
             [logp] = over_micro_batches(model, rollout, score, outputs=1, max_batch_tokens=self.max_batch_tokens)

@@ -11,10 +11,10 @@ from enumeration import LENGTH, PROMPTS, Enumeration
 
 from entropy_pl import EntropyProbe, Rollout, UpdateVector, token_stats
 from entropy_pl.estimators import first_order_delta_entropy, snis_delta_entropy
+from entropy_pl.policy.logits import NonFiniteError
 from entropy_pl.policy.precision import float64_evaluation
 from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.policy.sample import sample_completions
-from entropy_pl.policy.score import NonFiniteError
 from entropy_pl.policy.tangents import token_stats_jvp
 from entropy_pl.rollout import prompt_clusters
 

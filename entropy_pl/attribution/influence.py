@@ -25,7 +25,8 @@ from entropy_pl.estimators import first_order_coefficients
 from entropy_pl.estimators.snis import Clusters, Integrand, Normalize, Weighting
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.gradients import weighted_gradient
-from entropy_pl.policy.score import model_device, token_stats
+from entropy_pl.policy.micro_batches import model_device
+from entropy_pl.policy.score import token_stats
 from entropy_pl.policy.tangents import Method, one_sided_tangent, tangents
 from entropy_pl.rollout import Rollout, TokenStats
 from entropy_pl.updates.vector import Direction, UpdateVector

@@ -7,19 +7,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from entropy_pl.policy.head import completion_logits
+from entropy_pl.policy.logits import logits_gradient
+from entropy_pl.policy.micro_batches import compact, default_batch_tokens, micro_batches, model_device
 from entropy_pl.policy.precision import evaluation
-from entropy_pl.policy.score import (
-    HEAD_CHUNK_BYTES,
-    compact,
-    completion_logits,
-    default_batch_tokens,
-    micro_batches,
-    model_device,
-)
 from entropy_pl.rollout import Rollout, TokenStats
 from entropy_pl.updates.displace import parameters_named
-
-MAX_GRAPH_TOKENS = 2048  # of one micro-batch, when no token budget is given: a graph keeps every layer's activations
 
 
 def weighted_gradient(
@@ -67,7 +60,7 @@ def weighted_gradient(
     with evaluation(model), torch.enable_grad():
         parameters = parameters_named(model, names)
         total = {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in parameters.items()}
-        budget = min(MAX_GRAPH_TOKENS, default_batch_tokens(model)) if max_batch_tokens is None else max_batch_tokens
+        budget = default_batch_tokens(model, graph=True) if max_batch_tokens is None else max_batch_tokens
         for rows in micro_batches(rollout, budget):
             a, b = coefficients.logp[rows], coefficients.entropy[rows]
             if not (a.any() or b.any()):
@@ -75,7 +68,7 @@ def weighted_gradient(
             part = compact(rollout, rows)
             mask, width = part.completion_mask, part.completion_mask.shape[1]
             logits = completion_logits(model, part)
-            by_logits = _logits_gradient(
+            by_logits = logits_gradient(
                 logits.detach(),
                 part.completion_ids[mask],
                 a[:, :width][mask],
@@ -112,22 +105,3 @@ def sequence_gradients(
         )
         gradient = weighted_gradient(model, part, of_part, names, temperature=temperature, entropy_dtype=entropy_dtype)
         yield torch.cat([gradient[name].flatten() for name in names])
-
-
-def _logits_gradient(
-    logits: Tensor, targets: Tensor, a: Tensor, b: Tensor, temperature: float, dtype: torch.dtype
-) -> Tensor:
-    """∂/∂logits of Σ a log p_t + b h, ``[n, V]``, in the logits' dtype."""
-    result = torch.empty_like(logits)
-    rows = max(1, HEAD_CHUNK_BYTES // (dtype.itemsize * logits.shape[-1]))
-    for start in range(0, len(logits), rows):
-        chunk = slice(start, start + rows)
-        log_p = (logits[chunk].to(dtype) / temperature).log_softmax(-1).clamp_(min=torch.finfo(dtype).min)
-        p = log_p.exp()
-        entropy = -(p * log_p).sum(-1, keepdim=True)
-        a_chunk, b_chunk = (x[chunk, None].to(dtype) for x in (a, b))
-        # p first: where it is zero, b times the log-prob could overflow.
-        gradient = log_p.add_(entropy).mul_(p).mul_(b_chunk).addcmul_(p, a_chunk).neg_()
-        gradient.scatter_add_(-1, targets[chunk, None], a_chunk)
-        result[chunk] = gradient.div_(temperature).to(logits.dtype)
-    return result

@@ -13,16 +13,10 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_pl.peers import ALONE, Peers
+from entropy_pl.policy.logits import NonFiniteError
+from entropy_pl.policy.micro_batches import model_device, over_micro_batches
 from entropy_pl.policy.precision import evaluation, quantized_layers, refuse_quantized
-from entropy_pl.policy.score import (
-    NonFiniteError,
-    check_finite,
-    chunked_stats,
-    completion_logits,
-    model_device,
-    over_micro_batches,
-    token_stats,
-)
+from entropy_pl.policy.score import completion_stats, token_stats
 from entropy_pl.rollout import Rollout, TokenStats
 from entropy_pl.updates.displace import parameters_named
 from entropy_pl.updates.vector import UpdateVector
@@ -251,12 +245,10 @@ def _forward_mode(
 
     def score(part: Rollout) -> tuple[Tensor, ...]:
         def at(theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            caller = _LogitsOf(model, part)
-            logits = functional_call(caller, {f"model.{name}": value for name, value in theta.items()}, ())
-            return chunked_stats(logits, part.completion_ids[part.completion_mask], temperature, dtype)
+            caller = _StatsOf(model, part, temperature, dtype)
+            return functional_call(caller, {f"model.{name}": value for name, value in theta.items()}, ())
 
         (logp, entropy), (logp_dot, entropy_dot) = jvp(at, (primal,), (tangent,))[:2]
-        check_finite(logp, entropy)
         return logp, entropy, logp_dot, entropy_dot
 
     # The fused attention kernels have no forward-mode derivative.
@@ -266,16 +258,16 @@ def _forward_mode(
     return Tangents(TokenStats(s, h, mask), TokenStats(s1, h1, mask), None, "forward_mode")
 
 
-class _LogitsOf(nn.Module):
-    """`completion_logits` as a module, which `functional_call` can give other parameters."""
+class _StatsOf(nn.Module):
+    """`completion_stats` as a module, which `functional_call` can give other parameters."""
 
-    def __init__(self, model: nn.Module, rollout: Rollout) -> None:
+    def __init__(self, model: nn.Module, rollout: Rollout, temperature: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
-        self._rollout = rollout
+        self._arguments = (rollout, temperature, dtype)
 
-    def forward(self) -> Tensor:
-        return completion_logits(self.model, self._rollout)
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return completion_stats(self.model, *self._arguments)
 
 
 def _difference_step(

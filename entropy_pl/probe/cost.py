@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from entropy_pl.policy.adapter import trainable_parameters
-from entropy_pl.policy.gradients import MAX_GRAPH_TOKENS
+from entropy_pl.policy.head import head_chunk
+from entropy_pl.policy.logits import STATS_CHUNK_BYTES
+from entropy_pl.policy.micro_batches import default_batch_tokens, model_device
 from entropy_pl.policy.precision import is_quantized
 from entropy_pl.policy.sample import MAX_ROWS
-from entropy_pl.policy.score import HEAD_CHUNK_BYTES, default_batch_tokens, output_head
+from entropy_pl.policy.shape import ModelShape
 from entropy_pl.probe.engine import EntropyProbe
 
 READING_BYTES = 48  # a number: Δθ, AdamW's three parts of it, and what is left of their sum, in float64
-SAVED_HIDDEN, SAVED_INNER = 10, 4  # numbers a layer keeps for its backward pass, per token, in hidden and inner sizes
-BACKWARD = 2  # times that at its peak: as measured, what is kept and about as much on the way back
-HEAD_TEMPORARIES = 3  # of a chunk of logits in the entropy's dtype: shifted, exponentials, and their products
+STATS_TEMPORARIES = 4  # of a chunk of logits in the entropy's dtype: wide, shifted, exponentials, and their products
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class ProbeMemory:
         displaced: θ+ηv, in float32 or better.
         widened: parameters narrower than the probe's precision, held in it for the time.
         cache: keys and values while sampling.
-        scoring: one micro-batch's logits, what softmax and entropy make of a chunk of them, and its activations.
+        scoring: one micro-batch's activations, a chunk of its logits, and what softmax and entropy make of them.
         reading: the update's parts of one parameter in float64, before and after the passes.
         attribution: ∇Ĥ and P∘∇Ĥ in float64, and the graph behind one micro-batch's logits; 0 without one.
     """
@@ -82,32 +81,28 @@ def probe_memory(
     wide = getattr(torch, probe.precision)
     trainable = trainable_parameters(model).values()
     floating = [p for p in model.parameters() if p.is_floating_point() and not is_quantized(p)]
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    hidden, vocabulary = output_head(model).in_features, output_head(model).weight.shape[0]
-    heads = getattr(config, "num_attention_heads", 1)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_size = getattr(config, "head_dim", None) or hidden // heads
-    layers = getattr(config, "num_hidden_layers", 1)
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    shape, kind = ModelShape.of(model), model_device(model).type
     length = prompt_tokens + max_new_tokens
-    tokens = min(probe.max_batch_tokens or default_batch_tokens(model), rows * length)
-    scored = tokens * max_new_tokens // length  # of which the head makes logits
+
+    def micro_batch(graph: bool) -> tuple[int, int]:
+        """Tokens of one, and how many of them the head makes logits of."""
+        most = probe.max_batch_tokens or default_batch_tokens(model, graph=graph)
+        tokens = min(max(most, length), rows * length)  # a sequence longer than the budget has one to itself
+        return tokens, tokens * max_new_tokens // length
+
+    tokens, scored = micro_batch(graph=False)
+    in_graph, with_logits = micro_batch(graph=True)
+    chunk = min(scored, head_chunk(shape.vocabulary, kind, wide)) * shape.vocabulary
+    stats = min(chunk * getattr(torch, probe.entropy_dtype).itemsize, STATS_CHUNK_BYTES.get(kind, 2**28))
     numbers = sum(p.numel() for p in trainable)
     vectors = numbers * 2 * torch.float64.itemsize
-    in_graph = tokens if probe.max_batch_tokens else min(tokens, MAX_GRAPH_TOKENS)
-    graph = (
-        in_graph * layers * (SAVED_HIDDEN * hidden + SAVED_INNER * inner)
-        + 2 * (in_graph * max_new_tokens // length) * vocabulary
-    )
-    entropy_bytes = scored * vocabulary * getattr(torch, probe.entropy_dtype).itemsize
+    graph = in_graph * shape.graph_of_body + with_logits * shape.graph_of_head
     return ProbeMemory(
         snapshot=(1 + 2 * moments) * sum(p.numel() * p.element_size() for p in trainable),
         displaced=sum(p.numel() * max(p.element_size(), wide.itemsize) for p in trainable),
         widened=sum(p.numel() * wide.itemsize for p in floating if p.element_size() < wide.itemsize),
-        cache=2 * layers * kv_heads * head_size * min(rows, MAX_ROWS) * length * wide.itemsize,
-        scoring=(scored * vocabulary + tokens * (8 * hidden + 3 * inner)) * wide.itemsize
-        + HEAD_TEMPORARIES * min(HEAD_CHUNK_BYTES, entropy_bytes),
+        cache=shape.cache * min(rows, MAX_ROWS) * length * wide.itemsize,
+        scoring=(chunk + tokens * shape.activations) * wide.itemsize + STATS_TEMPORARIES * stats,
         reading=READING_BYTES * max(p.numel() for p in trainable),
         attribution=(vectors + graph * wide.itemsize) if attribution else 0,
     )

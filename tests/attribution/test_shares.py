@@ -11,8 +11,8 @@ from steps import N, take_steps
 from entropy_pl import Rollout, token_stats_jvp
 from entropy_pl.attribution import Attribution, attribute_update
 from entropy_pl.peers import Peers
+from entropy_pl.policy.micro_batches import compact
 from entropy_pl.policy.precision import float64_evaluation
-from entropy_pl.policy.score import compact
 
 E_ROWS = ([0, 1, 2], [3, 4, 5, 6, 7])  # of 8
 

@@ -17,8 +17,8 @@ from entropy_pl import EntropyMeasurements, EntropyProbe, record_update, token_s
 from entropy_pl.measurements.batches import draw_u_batch, prompt_data
 from entropy_pl.measurements.update import u_gradient
 from entropy_pl.policy import trainable_parameters
+from entropy_pl.policy.logits import NonFiniteError
 from entropy_pl.policy.precision import float64_evaluation
-from entropy_pl.policy.score import NonFiniteError
 from entropy_pl.reporting import read_records
 
 LR = 1e-2

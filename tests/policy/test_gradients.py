@@ -9,8 +9,8 @@ from test_score import VOCABULARY, build_family, build_rollout
 from torch import Tensor, nn
 
 from entropy_pl.policy.gradients import sequence_gradients, weighted_gradient
+from entropy_pl.policy.head import output_head
 from entropy_pl.policy.precision import evaluation, float64_evaluation
-from entropy_pl.policy.score import output_head
 from entropy_pl.rollout import Rollout, TokenStats
 
 ROLLOUT = build_rollout(extra=2)

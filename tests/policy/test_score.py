@@ -27,18 +27,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from entropy_pl.policy import head, logits
+from entropy_pl.policy.head import completion_logits, output_head
+from entropy_pl.policy.logits import NonFiniteError, logits_to_stats
+from entropy_pl.policy.micro_batches import compact, micro_batches
 from entropy_pl.policy.precision import float64_evaluation
-from entropy_pl.policy.score import (
-    NonFiniteError,
-    compact,
-    completion_logits,
-    head_inputs,
-    logits_to_stats,
-    micro_batches,
-    output_head,
-    policy_stats,
-    token_stats,
-)
+from entropy_pl.policy.score import head_inputs, policy_stats, token_stats
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates import UpdateVector
 
@@ -283,10 +277,53 @@ class TestBatchesDoNotMatter:
         model(input_ids=torch.tensor([[3, 4, 5]]))
         assert seen[-1][1] == (1, 3, VOCABULARY)  # and afterwards it reads everything again
 
-    def test_logits_in_chunks(self, model, rollout, reference, monkeypatch):
-        monkeypatch.setattr("entropy_pl.policy.score.HEAD_CHUNK_BYTES", 8 * VOCABULARY * 3)  # three rows at a time
-        with float64_evaluation(model):
-            assert_stats(token_stats(model, rollout), reference.logp, reference.entropy, **FLOAT64)
+
+@pytest.fixture
+def three_rows_at_a_time(monkeypatch):
+    """The head makes logits of three tokens at a time, and two of them at a time become statistics."""
+    monkeypatch.setattr("entropy_pl.policy.head.MIN_HEAD_ROWS", 3)
+    monkeypatch.setitem(head.HEAD_CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(logits.STATS_CHUNK_BYTES, "cpu", 8 * VOCABULARY * 2)
+
+
+class TestLogitsInChunks:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
+    def test_every_family(self, family, lora, rollout, three_rows_at_a_time):
+        """Gemma 2 caps its logits after the head: a chunk that left the model's own forward method would not."""
+        model = build_family(family, lora)
+        with float64_evaluation(model), torch.no_grad():
+            assert_stats(token_stats(model, rollout), *plain_stats(model, rollout), **FLOAT64)
+
+    @pytest.mark.parametrize("family", ["gemma2", "gpt2", "opt"])
+    def test_the_body_runs_once_and_is_left_as_it_was(self, family, rollout, three_rows_at_a_time):
+        model, at_head, layers = build_family(family), [], []
+        output_head(model).register_forward_hook(lambda _, args, out: at_head.append(out.shape[1]))
+        body = model.get_decoder()
+        stack = body.layers if hasattr(body, "layers") else body.h
+        stack[0].register_forward_hook(lambda *_: layers.append(1))
+        before = dict(vars(body))
+        token_stats(model, rollout)
+        tokens = int(rollout.completion_mask.sum())
+        assert len(layers) == 1
+        assert sum(at_head) == tokens
+        assert max(at_head) == 3
+        assert vars(body).keys() == before.keys()
+
+    def test_an_error_leaves_the_body_as_it_was(self, rollout, three_rows_at_a_time):
+        model = build_family("llama")
+        handle = output_head(model).register_forward_hook(lambda _, args, out: out * math.nan)
+        with pytest.raises(NonFiniteError, match="17 of 17"):
+            token_stats(model, rollout)
+        handle.remove()
+        with float64_evaluation(model), torch.no_grad():
+            assert_stats(token_stats(model, rollout), *plain_stats(model, rollout), **FLOAT64)
+
+    def test_a_model_that_does_not_name_its_body(self, rollout, three_rows_at_a_time, monkeypatch):
+        model = build_family("llama")
+        monkeypatch.setattr(model, "get_decoder", lambda: model)
+        with float64_evaluation(model), torch.no_grad():
+            assert_stats(token_stats(model, rollout), *plain_stats(model, rollout), **FLOAT64)
 
 
 class TestLogitsToStats:

@@ -1,0 +1,94 @@
+"""From logits to log-probs and entropies, a bounded number of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+STATS_CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+"""Of one chunk of logits in the entropy's dtype, of which a handful of copies are made. On a CPU it must stay in a
+core's caches (a chunk of 128 MiB took 5 to 15 times as long); on a GPU it must be large enough to be worth a launch."""
+
+
+class NonFiniteError(ArithmeticError):
+    """The policy's logits are NaN or infinite, so that no log-prob can be had from them."""
+
+
+def logits_to_stats(logits: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-prob of the targets and entropy of softmax(logits / temperature), in nats.
+
+    With z the logits less their maximum and Z = Σ e^z: log π(t) = z_t − log Z, and −Σ π log π = log Z − Σ z e^z / Z,
+    one exponential a logit.
+
+    Args:
+        logits: ``[n, V]``.
+        targets: ``[n]``.
+        temperature: > 0.
+        dtype: to compute in.
+
+    Returns:
+        ``log π(target)`` and ``−Σ π log π``, ``[n]`` each. A logit of −inf is a token of probability zero.
+    """
+    z = logits.to(dtype)
+    if temperature != 1:
+        z = z / temperature
+    z = z - z.amax(-1, keepdim=True).detach()
+    target = z.gather(-1, targets[:, None]).squeeze(-1)
+    z = z.clamp(min=torch.finfo(dtype).min)  # 0 · log 0 = 0
+    exponential = z.exp()
+    total = exponential.sum(-1)
+    log_total = total.log()
+    return target - log_total, log_total - (exponential * z).sum(-1) / total
+
+
+def chunked_stats(logits: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As :func:`logits_to_stats`, a bounded number of rows at a time: ``dtype`` may be wider than the logits'."""
+    rows = _rows(logits, dtype)
+    chunks = zip(logits.split(rows), targets.split(rows), strict=True)
+    return joined(logits_to_stats(chunk, target, temperature, dtype) for chunk, target in chunks)
+
+
+def joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Statistics of consecutive tokens as one."""
+    logp, entropy = (torch.cat(values) for values in zip(*parts, strict=True))
+    return logp, entropy
+
+
+def check_finite(logp: Tensor, entropy: Tensor) -> None:
+    """Refuse statistics made of logits that are NaN or infinite.
+
+    Raises:
+        NonFiniteError: with how many tokens they are.
+    """
+    bad = ~torch.isfinite(logp + entropy)
+    if bad.any():
+        raise NonFiniteError(
+            f"expected finite logits, got NaN or infinity at {int(bad.sum())} of {len(logp)} completion tokens: the "
+            "policy has diverged, or this step was too long for it"
+        )
+
+
+def logits_gradient(
+    logits: Tensor, targets: Tensor, a: Tensor, b: Tensor, temperature: float, dtype: torch.dtype
+) -> Tensor:
+    """∂/∂logits of Σ a log p_t + b h, ``[n, V]``, in the logits' dtype."""
+    result = torch.empty_like(logits)
+    rows = _rows(logits, dtype)
+    for start in range(0, len(logits), rows):
+        chunk = slice(start, start + rows)
+        log_p = (logits[chunk].to(dtype) / temperature).log_softmax(-1).clamp_(min=torch.finfo(dtype).min)
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(-1, keepdim=True)
+        a_chunk, b_chunk = (x[chunk, None].to(dtype) for x in (a, b))
+        # p first: where it is zero, b times the log-prob could overflow.
+        gradient = log_p.add_(entropy).mul_(p).mul_(b_chunk).addcmul_(p, a_chunk).neg_()
+        gradient.scatter_add_(-1, targets[chunk, None], a_chunk)
+        result[chunk] = gradient.div_(temperature).to(logits.dtype)
+    return result
+
+
+def _rows(logits: Tensor, dtype: torch.dtype) -> int:
+    limit = STATS_CHUNK_BYTES.get(logits.device.type, STATS_CHUNK_BYTES["cuda"])
+    return max(1, limit // (dtype.itemsize * logits.shape[-1]))
