@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_pl.peers import ALONE, Peers
+from entropy_pl.policy.attention import BlockwiseAttention
 from entropy_pl.policy.logits import NonFiniteError
 from entropy_pl.policy.micro_batches import model_device, over_micro_batches
 from entropy_pl.policy.precision import evaluation, quantized_layers, refuse_quantized
@@ -59,6 +59,7 @@ def token_stats_jvp(
     method: Method = "auto",
     entropy_dtype: torch.dtype = torch.float64,
     max_batch_tokens: int | None = None,
+    midpoint_base: bool = False,
 ) -> tuple[TokenStats, TokenStats]:
     """Statistics at θ and their derivatives along v, per unit η.
 
@@ -71,6 +72,9 @@ def token_stats_jvp(
             ``central_difference`` is two plain passes; ``auto`` takes forward mode in float64, differences otherwise.
         entropy_dtype: dtype of softmax, log-prob and entropy.
         max_batch_tokens: padded tokens per micro-batch.
+        midpoint_base: take the statistics at θ from the two passes of a central difference, as their mean, and save the
+            third. They are then off by ½h² times their second derivative: much less than δH₁'s own error bar where they
+            serve as the place of a derivative, far more than rounding where importance weights are made of them.
 
     Returns:
         (TokenStats at θ, TokenStats of derivatives), ``[N, T]``, nats and nats per unit η.
@@ -87,6 +91,7 @@ def token_stats_jvp(
         method=method,
         entropy_dtype=entropy_dtype,
         max_batch_tokens=max_batch_tokens,
+        midpoint_base=midpoint_base,
     )
     return result.base, result.first
 
@@ -101,6 +106,7 @@ def tangents(
     base: TokenStats | None = None,
     entropy_dtype: torch.dtype = torch.float64,
     max_batch_tokens: int | None = None,
+    midpoint_base: bool = False,
     peers: Peers = ALONE,
     on_pass: Callable[[str], None] = lambda phase: None,
 ) -> Tangents:
@@ -115,6 +121,7 @@ def tangents(
         base: statistics at θ, if they are already at hand.
         entropy_dtype: dtype of softmax, log-prob and entropy.
         max_batch_tokens: padded tokens per micro-batch.
+        midpoint_base: see :func:`token_stats_jvp`; without ``base`` at hand. There are no second derivatives then.
         peers: who hold the other rows of the rollout: all take one and the same difference step.
         on_pass: called with ``"tangents"`` after every pass over the rollout.
 
@@ -131,10 +138,12 @@ def tangents(
 
         stats = _stats_along(model, rollout, update, temperature, entropy_dtype, max_batch_tokens, on_pass)
         rollout = rollout.to(model_device(model))
-        base = stats(0.0) if base is None else base
         if update.norm() == 0:
+            base = stats(0.0) if base is None else base
             zero = TokenStats(torch.zeros_like(base.logp), torch.zeros_like(base.entropy), base.mask)
             return Tangents(base, zero, zero, "central_difference", 0.0)
+        if base is None and not midpoint_base:
+            base = stats(0.0)
         step = _difference_step(stats, rollout, base, update, TARGET_LOG_RATIO[_compute_dtype(model)], peers)
         return _central_difference(base, stats(step), stats(-step), step)
 
@@ -251,8 +260,7 @@ def _forward_mode(
         (logp, entropy), (logp_dot, entropy_dot) = jvp(at, (primal,), (tangent,))[:2]
         return logp, entropy, logp_dot, entropy_dot
 
-    # The fused attention kernels have no forward-mode derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    with BlockwiseAttention():
         s, h, s1, h1 = over_micro_batches(model, rollout, score, outputs=4, max_batch_tokens=max_batch_tokens)
     mask = rollout.completion_mask.to(s.device)
     return Tangents(TokenStats(s, h, mask), TokenStats(s1, h1, mask), None, "forward_mode")
@@ -273,14 +281,17 @@ class _StatsOf(nn.Module):
 def _difference_step(
     stats: StatsAlong,
     rollout: Rollout,
-    base: TokenStats,
+    base: TokenStats | None,
     update: UpdateVector,
     target: float,
     peers: Peers,
 ) -> float:
     """The step h at which the largest |Σ_k r_ik| is about the target, tried out on the longest few sequences."""
     pilot = _longest(rollout.completion_lengths, PILOT_SEQUENCES, peers)
-    at_theta = base.select(pilot).logp
+    if base is not None:
+        at_theta = base.select(pilot).logp
+    elif len(pilot):
+        at_theta = stats(0.0, pilot).logp
 
     def response(step: float) -> float:
         if not len(pilot):
@@ -311,8 +322,11 @@ def _longest(lengths: Tensor, count: int, peers: Peers) -> Tensor:
     return torch.tensor(mine, dtype=torch.long, device=lengths.device)
 
 
-def _central_difference(base: TokenStats, plus: TokenStats, minus: TokenStats, step: float) -> Tangents:
-    first = TokenStats((plus.logp - minus.logp) / (2 * step), (plus.entropy - minus.entropy) / (2 * step), base.mask)
+def _central_difference(base: TokenStats | None, plus: TokenStats, minus: TokenStats, step: float) -> Tangents:
+    first = TokenStats((plus.logp - minus.logp) / (2 * step), (plus.entropy - minus.entropy) / (2 * step), plus.mask)
+    if base is None:
+        middle = TokenStats((plus.logp + minus.logp) / 2, (plus.entropy + minus.entropy) / 2, plus.mask)
+        return Tangents(middle, first, None, "central_difference", step)
     second = TokenStats(
         (plus.logp - 2 * base.logp + minus.logp) / step**2,
         (plus.entropy - 2 * base.entropy + minus.entropy) / step**2,

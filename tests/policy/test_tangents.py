@@ -195,6 +195,35 @@ class TestCentralDifference:
         first, _ = loop_derivatives(model, ROLLOUT, update)
         assert_derivatives(tangents(model, ROLLOUT, UpdateVector(update.direction, lr=0.0)).first, first, 1e-2)
 
+    @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+    def test_the_middle_may_stand_for_theta(self, family):
+        """Two passes instead of three, off by half of h² times the second derivative."""
+        model, passes = build_family(family, lora=True), []
+        update = random_update(model)
+        with float64_evaluation(model):
+            exact = tangents(model, ROLLOUT, update, method="central_difference")
+            found = tangents(
+                model, ROLLOUT, update, method="central_difference", midpoint_base=True, on_pass=passes.append
+            )
+        assert passes == ["tangents"] * 2
+        assert found.second is None
+        assert found.step == exact.step
+        assert torch.equal(found.first.logp, exact.first.logp)
+        for middle, base, second in (
+            (found.base.logp, exact.base.logp, exact.second.logp),
+            (found.base.entropy, exact.base.entropy, exact.second.entropy),
+        ):
+            assert (middle - base).abs().max() > 0
+            # By definition of the second difference, up to the rounding of a log-prob.
+            torch.testing.assert_close(middle - base, 0.5 * exact.step**2 * second, rtol=0, atol=1e-14)
+
+    def test_the_middle_of_no_movement_is_theta(self):
+        model = build_family("qwen2", lora=True)
+        still = random_update(model).scaled(0.0)
+        middle, first = token_stats_jvp(model, ROLLOUT, still, method="central_difference", midpoint_base=True)
+        assert torch.equal(middle.logp, token_stats(model, ROLLOUT).logp)
+        assert not first.logp.any()
+
     def test_base_at_hand_is_used(self):
         model = build_family("qwen2")
         update, passes = random_update(model), []
