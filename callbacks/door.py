@@ -76,7 +76,10 @@ class ProbeDoor:
         confidence: of every interval.
         method: how derivatives are made: `auto`, `forward_mode` or `central_difference`.
         precision: `float32`, or `float64` for the whole forward pass of the probe.
-        max_batch_tokens: padded tokens per micro-batch of the probe. None bounds the memory of the logits.
+        max_batch_tokens: padded tokens per micro-batch of the probe. None takes what the free memory and the device
+            suggest.
+        compile_statistics: make one kernel of softmax, log-prob and entropy by `torch.compile`: seconds at the first
+            probe, less time and memory traffic at all.
         sample_batch_size: completions of the E-batch sampled at once. None takes up to 256.
         attribution: attribute the change to the step's momentum, weight decay and every token of the U-batch, where the
             run supplies its U-batch (GRPOModule and TRL's GRPOTrainer do; another module by a method `update_batch()`):
@@ -124,6 +127,7 @@ class ProbeDoor:
         method: Method = "auto",
         precision: Precision = "float32",
         max_batch_tokens: int | None = None,
+        compile_statistics: bool = False,
         sample_batch_size: int | None = None,
         attribution: bool = True,
         influence_matrix: bool = False,
@@ -162,6 +166,7 @@ class ProbeDoor:
             "method": method,
             "precision": precision,
             "max_batch_tokens": max_batch_tokens,
+            "compile_statistics": compile_statistics,
         }
         with self._refusing():
             if every_n_steps < 0:

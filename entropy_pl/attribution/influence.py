@@ -144,7 +144,7 @@ def attribute_update(
         temperature: of the sampling distribution, for E and U alike.
         method: of U's derivative: ``auto``, ``forward_mode`` or ``central_difference``.
         entropy_dtype: dtype of softmax, log-prob and entropy.
-        max_batch_tokens: padded tokens per micro-batch; None bounds the logits' memory.
+        max_batch_tokens: padded tokens per micro-batch; None takes what the free memory and the device suggest.
         peers: the run's processes, each with its share of both rollouts and of the coefficients; ``base``, ``tangent``,
             ``baseline`` and both clusters are of all. All of them call this, and all get the whole result.
         on_pass: called with a phase's name after every pass over a batch.

@@ -107,13 +107,15 @@ class GenerationSettings:
         temperature: of sampling, of the log-probs in the loss, and of the entropy that is measured.
         max_new_tokens: longest completion.
         sample_batch_size: completions sampled at once. None takes up to 256.
-        max_batch_tokens: padded tokens per scored micro-batch. None bounds the memory of the logits.
+        max_batch_tokens: padded tokens per scored micro-batch. None takes what the free memory and the device suggest.
+        compile_statistics: make one kernel of softmax, log-prob and entropy by `torch.compile`.
     """
 
     temperature: float = 1.0
     max_new_tokens: int = 150
     sample_batch_size: int | None = None
     max_batch_tokens: int | None = None
+    compile_statistics: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
@@ -421,4 +423,5 @@ class MeasurementSettings:
             precision=self.precision.runtime_dtype,
             entropy_dtype=self.precision.entropy_dtype,
             max_batch_tokens=self.generation.max_batch_tokens,
+            compile_statistics=self.generation.compile_statistics,
         )

@@ -40,7 +40,7 @@ def weighted_gradient(
         names: of the parameters to differentiate by.
         temperature: of the sampling distribution.
         entropy_dtype: dtype of softmax and entropy.
-        max_batch_tokens: padded tokens per micro-batch; None bounds the memory of the logits and of the graph.
+        max_batch_tokens: padded tokens per micro-batch; None takes what the free memory and the device suggest.
 
     Returns:
         By name, of the parameter's shape, in float32 or what the model computes in.

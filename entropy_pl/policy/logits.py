@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +15,9 @@ from torch import Tensor
 STATS_CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 """Of one chunk of logits in the entropy's dtype, of which a handful of copies are made. On a CPU it must stay in a
 core's caches (a chunk of 128 MiB took 5 to 15 times as long); on a GPU it must be large enough to be worth a launch."""
+
+
+_COMPILED: ContextVar[bool] = ContextVar("compiled_statistics", default=False)
 
 
 class NonFiniteError(ArithmeticError):
@@ -47,7 +55,47 @@ def chunked_stats(logits: Tensor, targets: Tensor, temperature: float, dtype: to
     """As :func:`logits_to_stats`, a bounded number of rows at a time: ``dtype`` may be wider than the logits'."""
     rows = _rows(logits, dtype)
     chunks = zip(logits.split(rows), targets.split(rows), strict=True)
-    return joined(logits_to_stats(chunk, target, temperature, dtype) for chunk, target in chunks)
+    reduce = _compiled_stats if _COMPILED.get() else logits_to_stats
+    return joined(reduce(chunk, target, temperature, dtype) for chunk, target in chunks)
+
+
+@contextmanager
+def compiled_statistics(on: bool = True) -> Iterator[None]:
+    """Within the block :func:`chunked_stats` is one kernel made by ``torch.compile``.
+
+    It computes the same, in another order of summation, and wants a C++ compiler (on a GPU Triton). Where it cannot be
+    made, a warning says why and the statistics are made without it.
+
+    Args:
+        on: whether it does; False also turns an outer block off.
+    """
+    token = _COMPILED.set(on)
+    try:
+        yield
+    finally:
+        _COMPILED.reset(token)
+
+
+def _compiled_stats(logits: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    try:
+        found: tuple[Tensor, Tensor] = _kernel()(logits, targets, temperature, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the compilers of this machine raise
+        _kernel.cache_clear()
+        warnings.warn(
+            f"expected a kernel from torch.compile, got {type(error).__name__}: {str(error).splitlines()[0]}; the "
+            "statistics are made without it: install a C++ compiler (on a GPU Triton), or leave compile_statistics off",
+            stacklevel=2,
+        )
+        _COMPILED.set(False)
+        return logits_to_stats(logits, targets, temperature, dtype)
+    return found
+
+
+@functools.cache
+def _kernel() -> Callable[..., Any]:
+    return torch.compile(logits_to_stats, dynamic=True)
 
 
 def joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ MIN_TOKENS = 256
 MAX_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Per micro-batch, where memory allows more: a CPU is fastest while a layer's activations stay in its caches, and more
 than this does not make a GPU busier."""
-MAX_GRAPH_TOKENS = {"cpu": 1024, "cuda": 8192}
+MAX_GRAPH_TOKENS = {"cpu": 2048, "cuda": 8192}
 """The same for a pass with a backward pass to follow."""
 SHARE_OF_FREE_MEMORY = 0.25
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from entropy_pl.attribution import (
 )
 from entropy_pl.estimators.reward import checked_rewards
 from entropy_pl.peers import ALONE, Peers
+from entropy_pl.policy.logits import compiled_statistics
 from entropy_pl.policy.precision import evaluation, float64_evaluation, refuse_quantized
 from entropy_pl.policy.score import head_inputs, token_stats
 from entropy_pl.policy.tangents import Tangents, resolve_method, tangents
@@ -47,9 +48,12 @@ class EntropyProbe(ProbeSettings):
         print(result.taken.true, result.taken.first_order)
     """
 
-    def evaluation(self, model: nn.Module) -> AbstractContextManager[None]:
+    @contextmanager
+    def evaluation(self, model: nn.Module) -> Iterator[None]:
         """The precision a probe works in; draw the E-batch inside it, so that sampler and scorer agree."""
-        return float64_evaluation(model) if self.precision == "float64" else evaluation(model)
+        precision = float64_evaluation(model) if self.precision == "float64" else evaluation(model)
+        with precision, compiled_statistics(self.compile_statistics):
+            yield
 
     def check(self, model: nn.Module) -> None:
         """Refuse a policy of which this probe could not be taken, before anything is drawn.

@@ -51,7 +51,8 @@ class ProbeSettings:
         method: how tangents are made: ``auto``, ``forward_mode`` or ``central_difference``.
         precision: ``float32``, or ``float64`` for the whole forward pass.
         entropy_dtype: of softmax, log-prob and entropy.
-        max_batch_tokens: padded tokens per micro-batch; None bounds the logits' memory.
+        max_batch_tokens: padded tokens per micro-batch; None takes what the free memory and the device suggest.
+        compile_statistics: make one kernel of softmax, log-prob and entropy by ``torch.compile``.
 
     Raises:
         ValueError: for an option out of range.
@@ -75,6 +76,7 @@ class ProbeSettings:
     precision: Precision = "float32"
     entropy_dtype: Precision = "float64"
     max_batch_tokens: int | None = None
+    compile_statistics: bool = False
 
     def __post_init__(self) -> None:
         Measure(self.normalize, self.weighting, self.integrand, self.clip_log_weight)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -29,10 +31,11 @@ from transformers import (
 
 from entropy_pl.policy import head, logits
 from entropy_pl.policy.head import completion_logits, output_head
-from entropy_pl.policy.logits import NonFiniteError, logits_to_stats
+from entropy_pl.policy.logits import NonFiniteError, chunked_stats, compiled_statistics, logits_to_stats
 from entropy_pl.policy.micro_batches import compact, micro_batches
 from entropy_pl.policy.precision import float64_evaluation
 from entropy_pl.policy.score import head_inputs, policy_stats, token_stats
+from entropy_pl.probe import EntropyProbe
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates import UpdateVector
 
@@ -357,6 +360,62 @@ class TestLogitsToStats:
         assert logits.grad.isfinite().all()
         assert not logits.grad[0, [1, 3]].any()
         assert logits_to_stats(logits, torch.tensor([3]), 1.0, dtype)[0].item() == -math.inf
+
+
+class TestCompiledStatistics:
+    @pytest.fixture(autouse=True)
+    def compiler(self):
+        if shutil.which("g++") is None and shutil.which("clang++") is None:
+            pytest.skip("no C++ compiler, which torch.compile wants")
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_the_same_numbers(self, temperature, dtype):
+        """Of chunks of several sizes, the last one short, and of tokens without probability."""
+        generator = torch.Generator().manual_seed(0)
+        made = 3 * torch.randn(301, 1000, generator=generator)
+        made[5, 10:20] = -math.inf
+        targets = torch.randint(1000, (301,), generator=generator)
+        expected = torch.distributions.Categorical(logits=made.double() / temperature)
+        with compiled_statistics(), warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            logp, entropy = chunked_stats(made, targets, temperature, dtype)
+        # A sum of a thousand terms, and log-probs of up to 20 nats.
+        tolerance = {"rtol": 0, "atol": 100 * torch.finfo(dtype).eps}
+        torch.testing.assert_close(logp.double(), expected.log_prob(targets), **tolerance)
+        exact = torch.stack([torch.special.entr(row.softmax(0)).sum() for row in made.double() / temperature])
+        torch.testing.assert_close(entropy.double(), exact, **tolerance)
+        assert logits._kernel.cache_info().currsize == 1  # it was made, and did not fall back
+
+    @pytest.mark.parametrize("precision", ["float32", "float64"])
+    def test_in_a_probe(self, precision, rollout):
+        model = build_family("gemma2", lora=True)
+        generator = torch.Generator().manual_seed(1)
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        direction = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in trainable.items()}
+        update = UpdateVector(direction, lr=1e-3)
+        plain, compiled = (
+            EntropyProbe(precision=precision, compile_statistics=on).measure(model, rollout, update)
+            for on in (False, True)
+        )
+        tolerance = 1e-10 if precision == "float64" else 1e-2  # of a difference between numbers of that precision
+        assert compiled.taken.true.value == pytest.approx(plain.taken.true.value, rel=tolerance)
+        assert compiled.first_order.value == pytest.approx(plain.first_order.value, rel=tolerance)
+
+    def test_without_a_compiler(self, monkeypatch):
+        """A warning that says what to do, and the same statistics."""
+
+        def fails() -> None:
+            raise RuntimeError("no working C++ compiler")
+
+        fails.cache_clear = lambda: None
+        monkeypatch.setattr(logits, "_kernel", fails)
+        made, targets = torch.randn(4, VOCABULARY), torch.arange(4)
+        with compiled_statistics(), pytest.warns(UserWarning, match=r"no working C\+\+ compiler; .* install a C\+\+"):
+            logp, entropy = chunked_stats(made, targets, 1.0, torch.float64)
+        expected = torch.distributions.Categorical(logits=made.double())
+        torch.testing.assert_close(logp, expected.log_prob(targets))
+        torch.testing.assert_close(entropy, expected.entropy())
 
 
 class TestNotFinite:
