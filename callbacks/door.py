@@ -26,7 +26,7 @@ from entropy_pl.reporting.records import plain
 from entropy_pl.updates.steps import was_skipped, watch_steps
 
 DEFAULT_MAX_NEW_TOKENS = 256
-NOT_COMPARED = ("seconds", "memory")  # of two records of one step: how the machine was, not what was found
+NOT_COMPARED = ("seconds", "memory", "overhead")  # of two records of one step: how the machine was, not what was found
 
 
 @dataclass(frozen=True)

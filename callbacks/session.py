@@ -86,6 +86,8 @@ class ProbeSession:
     _prompt_tokens: int = field(default=0, init=False, repr=False)
     _recorder: UpdateRecorder | None = field(default=None, init=False, repr=False)
     _failure: Exception | None = field(default=None, init=False, repr=False)
+    _begun: float = field(default_factory=time.perf_counter, init=False, repr=False)
+    _probing: float = field(default=0.0, init=False, repr=False)  # seconds of all probes together
     attributed: AttributedTokens | None = field(default=None, init=False, repr=False)
     """Of the step measured last, where it was attributed."""
 
@@ -176,7 +178,10 @@ class ProbeSession:
         finally:
             self.disarm()
         record["memory"] = None if memory is None else {"kind": memory.kind, "added_bytes": kept + memory.added}
-        record.setdefault("seconds", {})["total"] = time.perf_counter() - start
+        now = time.perf_counter()
+        record.setdefault("seconds", {})["total"] = now - start
+        self._probing += now - start
+        record["overhead"] = self._probing / max(now - self._begun - self._probing, 1e-9)
         return record
 
     def e_prompts(self, step: int) -> list[str]:

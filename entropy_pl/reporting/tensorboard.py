@@ -31,8 +31,9 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     Returns:
         ``entropy_probe/entropy``, ``entropy_probe/delta_h_true`` and ``entropy_probe/delta_h1``, each with its
         ``_ci_low`` and ``_ci_high``, in nats; ``entropy_probe/ess_fraction`` (of the sequences, in [0, 1]),
-        ``entropy_probe/eta_star`` (a learning rate) and ``entropy_probe/update_norm`` (per unit learning rate). ΔH,
-        δH₁ and the ESS are at the step really taken, as is everything that follows. Where the record has it:
+        ``entropy_probe/eta_star`` (a learning rate), ``entropy_probe/update_norm`` (per unit learning rate) and
+        ``entropy_probe/overhead`` (seconds of probing over those of the run without it). ΔH, δH₁ and the ESS are at
+        the step really taken, as is everything that follows. Where the record has it:
 
         * ``entropy_probe/delta_j_true`` and ``entropy_probe/delta_j1``, the change of the expected reward, and
           ``entropy_probe/exchange_rate``, ΔH/ΔJ, in nats per unit reward, its interval only where that has bounds;
@@ -56,6 +57,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         values[f"{PREFIX}ess_fraction"] = number(taken.get("true"), "ess") / n_sequences
     values[f"{PREFIX}eta_star"] = number(record, "eta_star")
     values[f"{PREFIX}update_norm"] = number(record, "update_norm")
+    values[f"{PREFIX}overhead"] = number(record, "overhead")
     by_sign = (record.get("attribution") or {}).get("by_sign")
     values |= {f"{PREFIX}attribution/{name}": number(by_sign, name) for name in SIGNS}
     for name, predictor in (record.get("predictors") or {}).items():

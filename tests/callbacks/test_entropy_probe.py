@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from entropy_pl.policy import derived_seed
 from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.policy.sample import sample_completions
 from entropy_pl.probe import EntropyProbe
-from entropy_pl.reporting import RecordWriter, read_records
+from entropy_pl.reporting import RecordWriter, read_records, scalars
 from entropy_pl.updates import UpdateRecorder, record_update
 
 
@@ -424,6 +425,20 @@ def test_the_snapshot_is_among_the_memory(tmp_path):
     for record in callback.records:
         assert record["status"] == "ok"
         assert record["memory"]["added_bytes"] > snapshot
+
+
+def test_the_overhead_is_of_the_run_so_far(tmp_path):
+    """By a clock of the test's own: what the run took without its probes is what the record divides by."""
+    callback, start = probe(every_n_steps=1), time.perf_counter()
+    fit(Deterministic(), tmp_path, callback, steps=3)
+    lasted = time.perf_counter() - start
+    probing = 0.0
+    without: list[float] = []
+    for record in callback.records:
+        probing += record["seconds"]["total"]
+        without.append(probing / record["overhead"])
+        assert scalars(record)["entropy_probe/overhead"] == record["overhead"]
+    assert 0 < without[0] < without[1] < without[2] < lasted - probing
 
 
 @pytest.mark.parametrize(("interval", "rates"), [("step", [1.0, 0.5, 0.25, 0.125]), ("epoch", [1.0, 1.0, 0.5, 0.5])])

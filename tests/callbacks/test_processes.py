@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from entropy_pl import EntropyProbe, Rollout, UpdateVector, sample_completions
 from entropy_pl.callbacks.attach import find_policy, refuse_sharded
+from entropy_pl.callbacks.door import NOT_COMPARED
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.reporting import read_records
 
@@ -77,7 +78,7 @@ def launch(command: list[str]) -> tuple[int | None, str]:
 
 
 def found(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key not in ("seconds", "memory")} for record in records]
+    return [{key: value for key, value in record.items() if key not in NOT_COMPARED} for record in records]
 
 
 OPTIONS = {"num_sequences": 12, "every_n_steps": 1, "max_new_tokens": 6, "eta_multipliers": [], "precision": "float64"}
