@@ -8,7 +8,7 @@ PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadscope
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-slow test-seeds bench bench-attribution lint format clean
+.PHONY: help install demo test test-slow test-seeds bench bench-scaling bench-attribution lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -33,11 +33,14 @@ test-slow: install  ## the tests that take minutes
 test-seeds: install  ## does GRPO raise the demo's reward on three seeds?
 	ENTROPY_PL_DEMO_SEEDS=0,1,2 $(BIN)/python -m pytest -m slow tests/test_demo.py
 
-bench: install  ## what a probe costs, against the formulas of docs/scaling.md
-	$(BIN)/python benchmarks/probe_cost.py
+bench: install  ## the tables of docs/performance.md (POLICY=folder DATA=GSM8K's folder, WRITE=file puts them there)
+	$(BIN)/python -m benchmarks $(if $(POLICY),--policy $(POLICY) --data $(DATA)) $(if $(WRITE),--write $(WRITE))
+
+bench-scaling: install  ## passes and bytes of a probe, against the formulas of docs/scaling.md
+	$(BIN)/python -m benchmarks.probe_cost
 
 bench-attribution: install  ## what an attribution costs; POLICY and DATA name a policy's folder and GSM8K's
-	$(BIN)/python benchmarks/attribution_cost.py --policy $(POLICY) --data $(DATA)
+	$(BIN)/python -m benchmarks.attribution_cost --policy $(POLICY) --data $(DATA)
 
 lint: install  ## linter, formatter and type checker
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """What attribution costs: an update of 128 completions, measured on 256, in scoring passes and in memory.
 
-    python benchmarks/attribution_cost.py --policy path/to/policy --data path/to/gsm8k [--cache folder] [--threads 1]
+    python -m benchmarks.attribution_cost --policy path/to/policy --data path/to/gsm8k [--cache folder] [--threads 1]
 
 A LoRA policy (configs/grpo_gsm8k.yaml's sizes) takes an AdamW step, and it is attributed to completions of the policy's
 own to GSM8K prompts. The unit is one plain scoring pass over E and U together, in the same run. Memory is the peak
@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks.policies import TEMPLATE, adamw_step, described, log_prob_coefficients
 from entropy_pl import (
     PromptDataModule,
     Rollout,
     UpdateVector,
     load_policy,
-    record_update,
     sample_completions,
     token_stats,
     token_stats_jvp,
@@ -39,14 +39,12 @@ from entropy_pl.attribution import (
     influence_matrix,
     influence_matrix_cost,
 )
-from entropy_pl.policy.gradients import sequence_gradients, weighted_gradient
+from entropy_pl.policy.gradients import sequence_gradients
+from entropy_pl.policy.micro_batches import model_device
 from entropy_pl.policy.rng import isolated_rng
-from entropy_pl.policy.score import model_device
 from entropy_pl.probe import peak_memory, timed
-from entropy_pl.rollout import TokenStats
 
 MIB = 2**20
-TEMPLATE = "Question: {question}\nResponse: <think>"
 FIELDS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 
 
@@ -94,39 +92,9 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, Rollout, Rollout]:
     return model, e, u
 
 
-def described(rollout: Rollout) -> str:
-    return (
-        f"{len(rollout)} completions of {rollout.completion_lengths.double().mean():.0f} tokens to prompts of "
-        f"{rollout.prompt_lengths.double().mean():.0f} (means)"
-    )
-
-
-def step(model: nn.Module, u: Rollout, weight_decay: float) -> UpdateVector:
-    """The second of two AdamW steps, on the first eight completions: the cost does not depend on its gradient."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trainable.values(), lr=3e-4, weight_decay=weight_decay)
-    few = u.select(torch.arange(8))
-    for _ in range(2):
-        before = {name: p.detach().clone() for name, p in trainable.items()}
-        for name, gradient in weighted_gradient(model, few, summed(few), trainable).items():
-            trainable[name].grad = gradient
-        with record_update(model, optimizer) as recorder:
-            optimizer.step()
-    for name, parameter in trainable.items():
-        parameter.data = before[name]
-        parameter.grad = None
-    return recorder.update
-
-
-def summed(rollout: Rollout) -> TokenStats:
-    """Coefficients of Σ log π over all tokens."""
-    mask = rollout.completion_mask
-    return TokenStats(mask.double(), torch.zeros(mask.shape, dtype=torch.float64), mask)
-
-
 def times(options: argparse.Namespace, model: nn.Module, e: Rollout, u: Rollout) -> Table:
-    update, decayed = (step(model, u, weight_decay) for weight_decay in (0.0, 0.01))
-    coefficients = summed(u).logp / u.completion_mask.sum()
+    update, decayed = (adamw_step(model, u, weight_decay=decay) for decay in (0.0, 0.01))
+    coefficients = log_prob_coefficients(u).logp / u.completion_mask.sum()
     budget = {"max_batch_tokens": options.max_batch_tokens}
     base, tangent = token_stats_jvp(model, e, update, **budget)
     seconds: dict[str, float] = {}
@@ -165,7 +133,7 @@ def times(options: argparse.Namespace, model: nn.Module, e: Rollout, u: Rollout)
     )
 
     def one_by_one() -> None:
-        for _ in sequence_gradients(model, few, summed(few), update.direction):
+        for _ in sequence_gradients(model, few, log_prob_coefficients(few), update.direction):
             pass
 
     few = u.select(torch.arange(min(32, len(u))))
@@ -224,8 +192,8 @@ def added(options: argparse.Namespace, rows: int, what: str) -> int:
     """Peak bytes of one call beyond those in use, the step itself taken before."""
     model, e, u = build(options)
     u = u.select(torch.arange(rows))
-    update = step(model, u, 0.0)
-    coefficients = summed(u).logp / u.completion_mask.sum()
+    update = adamw_step(model, u)
+    coefficients = log_prob_coefficients(u).logp / u.completion_mask.sum()
     budget = {"max_batch_tokens": options.max_batch_tokens}
     with peak_memory(model_device(model)) as found:
         if what == "score":

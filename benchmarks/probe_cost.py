@@ -1,6 +1,6 @@
 """What a probe costs, against the formulas of docs/scaling.md: forward passes, and bytes beside the run's.
 
-    python benchmarks/probe_cost.py [--layers 4] [--hidden 256] [--vocabulary 2048] [--sequences 64] [--tokens 100]
+    python -m benchmarks.probe_cost [--layers 4] [--hidden 256] [--vocabulary 2048] [--sequences 64] [--tokens 100]
 
 A Qwen2 of the given shape with random weights takes one AdamW step, with a LoRA adapter and as a whole, in float32 and
 in bfloat16 weights, and is probed. Times are ratios to one plain scoring pass over the same tokens, in the same run;
@@ -25,7 +25,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from entropy_pl import EntropyProbe, Rollout, token_stats
 from entropy_pl.peers import Peers
-from entropy_pl.policy.score import model_device
+from entropy_pl.policy.micro_batches import model_device
 from entropy_pl.probe import peak_memory, probe_memory, timed
 from entropy_pl.updates import UpdateRecorder
 

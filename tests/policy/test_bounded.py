@@ -18,7 +18,6 @@ from entropy_pl.policy.score import token_stats
 from entropy_pl.policy.tangents import token_stats_jvp
 from entropy_pl.rollout import Rollout
 
-
 PROMPT = 3
 
 
