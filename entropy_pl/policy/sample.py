@@ -7,7 +7,7 @@ sampling habits of their own (Qwen2.5's ``generation_config.json`` brings ``top_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -22,11 +22,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from entropy_pl.policy.decode import decode
 from entropy_pl.policy.precision import evaluation_mode
 from entropy_pl.rollout import Rollout
 
 MAX_ROWS = 256
-"""Rows sampled at once when ``batch_size`` is not given."""
+"""Rows sampled at once at most when ``batch_size`` is not given."""
+
+CPU_ROWS = 128
+"""The same on a CPU, where the cache of more rows costs more than the fewer steps save."""
 
 
 @torch.no_grad()
@@ -44,9 +48,11 @@ def sample_completions(
 ) -> Rollout:
     """Draw completions with a KV cache; the model and its settings are left as they were, also after an error.
 
-    Random numbers come from the global torch RNG: wrap the call in ``isolated_rng`` to seed or to isolate it. Which
-    numbers a row gets depends on ``batch_size``. A completion ends with the first of the model's or the tokenizer's EOS
-    tokens, which its mask counts, or after ``max_new_tokens``.
+    Random numbers come from the global torch RNG: wrap the call in ``isolated_rng`` to seed or to isolate it. At every
+    token each row that is still in the batch gets its own, so which ones a row gets depends on the other rows, on when
+    they finish, and on ``batch_size``; the same seed and arguments on the same device give the same completions. A
+    completion ends with the first of the model's or the tokenizer's EOS tokens, which its mask counts, or after
+    ``max_new_tokens``; finished rows soon leave the batch (see `decode`).
 
     Args:
         model: the policy, its adapter on or off as it is; sampled in eval mode.
@@ -57,7 +63,7 @@ def sample_completions(
         temperature: divides the logits.
         top_p: keeps the smallest set of tokens whose probability reaches this; 1 keeps all.
         top_k: keeps the k likeliest tokens; None keeps all, 1 decodes greedily.
-        batch_size: rows sampled at once; None takes up to 256.
+        batch_size: rows sampled at once; None takes up to 256, on a CPU up to 128.
 
     Returns:
         ``len(prompts) * G`` rows on the model's device, prompt-major: row ``p * G + g`` is completion g of prompt p.
@@ -90,10 +96,9 @@ def sample_completions(
     by_length = sorted(
         range(len(rows)), key=lambda row: -len(rows[row])
     )  # the longest first: memory runs out at once or not
-    size = batch_size or MAX_ROWS
-    prompt_width = len(rows[by_length[0]])
     device = generator.device
-    generate = cast("Callable[..., Tensor]", generator.generate)
+    size = batch_size or (CPU_ROWS if device.type == "cpu" else MAX_ROWS)
+    prompt_width = len(rows[by_length[0]])
     prompt_ids = torch.full((len(rows), prompt_width), pad, dtype=torch.long, device=device)
     prompt_mask = torch.zeros_like(prompt_ids, dtype=torch.bool)
     completion_ids = torch.full((len(rows), max_new_tokens), pad, dtype=torch.long, device=device)
@@ -103,18 +108,12 @@ def sample_completions(
             index = by_length[start : start + size]
             ids, mask = _left_pad([rows[row] for row in index], pad, device)
             finite = _FiniteLogits(device)
-            generated: Tensor = generate(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([finite]),
-            )
+            new = decode(generator, ids, mask, config, LogitsProcessorList([finite]))
             if not finite.all_finite:
                 raise FloatingPointError(
                     f"expected finite logits while sampling {len(index)} completions, got NaN or infinity: "
                     "the policy's weights or activations have overflowed"
                 )
-            new = generated[:, ids.shape[1] :]
             prompt_ids[index, prompt_width - ids.shape[1] :] = ids
             prompt_mask[index, prompt_width - ids.shape[1] :] = mask
             completion_ids[index, : new.shape[1]] = new

@@ -7,7 +7,7 @@ from scipy import stats
 from transformers import GenerationConfig
 
 from entropy_pl.policy.rng import isolated_rng
-from entropy_pl.policy.sample import decode_completions, end_token_ids, sample_completions
+from entropy_pl.policy.sample import CPU_ROWS, MAX_ROWS, decode_completions, end_token_ids, sample_completions
 from entropy_pl.rollout import Rollout
 
 PROMPTS = ["1+2=", "a", "what is 17 - 5?", "1+2=", "((3)*(4))"]
@@ -109,6 +109,47 @@ class TestDistribution:
             assert z_cell < 4
             assert z_chi2 < 4
 
+    def test_three_tokens_of_rows_that_leave_the_batch_follow_the_joint_distribution(
+        self, tiny_model_factory, tiny_tokenizer_factory
+    ):
+        """Two end tokens of six: rows leave after the first and the second token, the others' caches move up."""
+        tokenizer = tiny_tokenizer_factory(characters="ab")
+        model = tiny_model_factory(vocab_size=6)
+        model.generation_config.eos_token_id = END
+        batches = []
+        hook = model.register_forward_pre_hook(
+            lambda _, args, kw: batches.append(tuple(kw["input_ids"].shape)), with_kwargs=True
+        )
+        prompts, V = ["b", "abbab"], 6
+        with isolated_rng(5):
+            rollout = sample_completions(
+                model, tokenizer, prompts, num_completions=self.N, max_new_tokens=3, batch_size=2 * self.N
+            )
+        hook.remove()
+        rows = [rows for rows, _ in batches]
+        assert rows[0] == 2 * self.N > rows[1] > rows[2]
+        for p, prompt in enumerate(prompts):
+            ids = tokenizer(prompt).input_ids
+            joint = torch.zeros((V + 1,) * 3, dtype=torch.float64)  # index V: the completion had ended
+
+            def enumerate_from(tokens: list[int], probability: torch.Tensor, ids=ids, joint=joint) -> None:
+                if len(tokens) == 3 or (tokens and tokens[-1] in (EOS, END)):
+                    joint[tuple([*tokens, V, V][:3])] = probability
+                    return
+                following = next_distribution(model, ids + tokens, 1.0)
+                for token in range(V):
+                    enumerate_from([*tokens, token], probability * following[token])
+
+            enumerate_from([], torch.ones((), dtype=torch.float64))
+            assert joint.sum() == pytest.approx(1)
+            of_prompt = slice(p * self.N, (p + 1) * self.N)
+            drawn = torch.where(rollout.completion_mask[of_prompt], rollout.completion_ids[of_prompt], V)
+            cells = (drawn * torch.tensor([(V + 1) ** 2, V + 1, 1])).sum(1)
+            counts = torch.bincount(cells, minlength=(V + 1) ** 3)
+            z_cell, z_chi2 = z_of_counts(counts, joint.flatten(), self.N)
+            assert z_cell < 4
+            assert z_chi2 < 4
+
     def test_top_k_and_top_p_cut_when_asked_to(self, tiny_model, tiny_tokenizer):
         expected = next_distribution(tiny_model, tiny_tokenizer("1+1=").input_ids, 1.0)
         order = expected.argsort(descending=True)
@@ -145,6 +186,13 @@ class TestRows:
         assert texts == [prompt for prompt in PROMPTS for _ in range(3)]
         assert rollout.prompt_ids.shape[1] == max(len(prompt) for prompt in PROMPTS)
         assert (rollout.prompt_ids[~rollout.prompt_mask] == tiny_tokenizer.pad_token_id).all()
+
+    def test_rows_sampled_at_once_by_default(self, tiny_model, tiny_tokenizer):
+        batches = []
+        tiny_model.register_forward_pre_hook(lambda _, args, kw: batches.append(len(kw["input_ids"])), with_kwargs=True)
+        sample_completions(tiny_model, tiny_tokenizer, ["1"], num_completions=CPU_ROWS + 3, max_new_tokens=1)
+        assert batches == [CPU_ROWS, 3]
+        assert CPU_ROWS <= MAX_ROWS
 
     def test_seeded_by_the_global_stream(self, tiny_model, tiny_tokenizer):
         rollouts = []
