@@ -11,6 +11,7 @@ from enumeration import LENGTH, PROMPTS, Enumeration
 
 from entropy_pl import EntropyProbe, Rollout, UpdateVector, token_stats
 from entropy_pl.estimators import first_order_delta_entropy, snis_delta_entropy
+from entropy_pl.policy import micro_batches
 from entropy_pl.policy.logits import NonFiniteError
 from entropy_pl.policy.precision import float64_evaluation
 from entropy_pl.policy.rng import isolated_rng
@@ -172,6 +173,20 @@ def test_step_into_nowhere_is_an_error_and_leaves_theta(enumeration, rollout):
     with pytest.raises(NonFiniteError, match="NaN or infinity at"):
         EntropyProbe(etas=[1e38]).measure(enumeration.model, rollout, update_of(enumeration, 0.1))
     assert all(torch.equal(p, before[name]) for name, p in enumeration.model.named_parameters())
+
+
+def test_all_passes_have_the_same_micro_batches(enumeration, rollout, monkeypatch):
+    """Though less memory is free at every look: rounding that two passes share cancels between them."""
+    looks = iter(range(1000))
+    monkeypatch.setattr(micro_batches, "_free_bytes", lambda device: 2 ** (24 - next(looks)))
+    grouped, budgets = micro_batches.micro_batches, []
+    monkeypatch.setattr(
+        micro_batches, "micro_batches", lambda rows, budget: budgets.append(budget) or grouped(rows, budget)
+    )
+    result = EntropyProbe(precision="float32").measure(enumeration.model, rollout, update_of(enumeration, 0.1))
+    assert len(budgets) > 3 + len(result.sweep)  # and the trials of the difference step
+    assert len(set(budgets)) == 1
+    assert next(looks) == 1  # one look
 
 
 def test_no_learning_rate_no_step_taken(enumeration, rollout):

@@ -14,7 +14,7 @@ from torch.func import functional_call, jvp
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.attention import BlockwiseAttention
 from entropy_pl.policy.logits import NonFiniteError, compiled_statistics
-from entropy_pl.policy.micro_batches import model_device, over_micro_batches
+from entropy_pl.policy.micro_batches import default_batch_tokens, model_device, over_micro_batches
 from entropy_pl.policy.precision import evaluation, quantized_layers, refuse_quantized
 from entropy_pl.policy.score import completion_stats, token_stats
 from entropy_pl.rollout import Rollout, TokenStats
@@ -136,6 +136,8 @@ def tangents(
             on_pass("tangents")
             return result
 
+        if max_batch_tokens is None:  # once, so that all passes round alike
+            max_batch_tokens = default_batch_tokens(model)
         stats = _stats_along(model, rollout, update, temperature, entropy_dtype, max_batch_tokens, on_pass)
         rollout = rollout.to(model_device(model))
         if update.norm() == 0:

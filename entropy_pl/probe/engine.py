@@ -21,6 +21,7 @@ from entropy_pl.attribution import (
 from entropy_pl.estimators.reward import checked_rewards
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.logits import compiled_statistics
+from entropy_pl.policy.micro_batches import default_batch_tokens
 from entropy_pl.policy.precision import evaluation, float64_evaluation, refuse_quantized
 from entropy_pl.policy.score import head_inputs, token_stats
 from entropy_pl.policy.tangents import Tangents, resolve_method, tangents
@@ -137,8 +138,9 @@ class EntropyProbe(ProbeSettings):
         with peers.together():
             if rewards is not None:
                 rewards = checked_rewards(rewards, len(rollout))
-            scores = self._score(model, rollout, update, peers, on_pass)
-            others, failed = self._score_counterfactuals(
+            settled = self._settled(model)
+            scores = settled._score(model, rollout, update, peers, on_pass)
+            others, failed = settled._score_counterfactuals(
                 model, rollout, update, counterfactuals, scores.seconds, on_pass
             )
             scores = replace(scores, clusters=clusters, rewards=rewards, counterfactuals=others, failed=failed)
@@ -251,6 +253,13 @@ class EntropyProbe(ProbeSettings):
             **self.estimate,
             **self.scoring,
         }
+
+    def _settled(self, model: nn.Module) -> EntropyProbe:
+        """This probe with one token budget for all its passes: what they round alike cancels between them."""
+        if self.max_batch_tokens is not None:
+            return self
+        with self.evaluation(model):
+            return replace(self, max_batch_tokens=default_batch_tokens(model))
 
     def _score(
         self,
