@@ -169,7 +169,7 @@ def probe_seconds(run: Run, device: Device, assumed: Assumptions) -> dict[str, f
     rate = device.rate(run.precision)
     over_e, over_u = (_pass_flops(run, n, assumed) / rate for n in (run.sequences, run.rollout))
     parts = {
-        "sampling": sampling_seconds(run, run.sequences, device, assumed),
+        "sampling": sampling_seconds(run, run.sequences, device, assumed, run.precision),
         "tangents and sweep": run.passes * over_e,
     }
     if run.attribution:
@@ -179,15 +179,18 @@ def probe_seconds(run: Run, device: Device, assumed: Assumptions) -> dict[str, f
     return parts
 
 
-def sampling_seconds(run: Run, sequences: int, device: Device, assumed: Assumptions) -> float:
-    """Prefill and decoding in bfloat16, in one batch."""
+def sampling_seconds(
+    run: Run, sequences: int, device: Device, assumed: Assumptions, precision: str = "bfloat16"
+) -> float:
+    """Prefill and decoding in one batch; a rollout in bfloat16, E in the probe's float32."""
     completions = torch.full((sequences,), assumed.completion)
     lengths = completions + assumed.prompt
     steps = run.max_new_tokens  # as many as the longest completion's tokens
     launches = steps * run.layers * assumed.launches_per_layer * assumed.launch
-    weights = 2 * (steps - assumed.completion) * (run.counts.body + run.counts.head)
-    read = (run.counts.decoding_bytes(lengths, completions, 2) + weights) / device.bytes_per_second
-    return max(launches, read, _pass_flops(run, sequences, assumed) / device.rate("bfloat16"))
+    size = 2 if precision == "bfloat16" else 4
+    weights = size * (steps - assumed.completion) * (run.counts.body + run.counts.head)
+    read = (run.counts.decoding_bytes(lengths, completions, size) + weights) / device.bytes_per_second
+    return max(launches, read, _pass_flops(run, sequences, assumed) / device.rate(precision))
 
 
 def _pass_flops(run: Run, sequences: int, assumed: Assumptions) -> float:

@@ -6,7 +6,7 @@ a seed at GSM8K's lengths. What the tokens say has no part in the times, only ho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,10 +125,11 @@ def described(rollout: Rollout) -> str:
 
 
 def adamw_step(model: nn.Module, rollout: Rollout, *, lr: float = 3e-4, weight_decay: float = 0.0) -> UpdateVector:
-    """The second of two AdamW steps along the log-probs of the first eight completions; the model stays before it."""
+    """The second of two AdamW steps along the log-probs of eight completions' beginnings; the model stays before it."""
     trainable = trainable_parameters(model)
     optimizer = torch.optim.AdamW(trainable.values(), lr=lr, weight_decay=weight_decay)
     few = rollout.select(torch.arange(min(8, len(rollout))))
+    few = replace(few, completion_ids=few.completion_ids[:, :64], completion_mask=few.completion_mask[:, :64])
     for _ in range(2):
         before = {name: p.detach().clone() for name, p in trainable.items()}
         for name, gradient in weighted_gradient(model, few, log_prob_coefficients(few), trainable).items():

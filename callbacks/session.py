@@ -19,7 +19,7 @@ from entropy_pl.callbacks.prompts import fingerprint
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.micro_batches import model_device
 from entropy_pl.policy.rng import derived_seed, isolated_rng
-from entropy_pl.policy.sample import check_prompts, sample_completions
+from entropy_pl.policy.sample import check_prompts, default_rows, sample_completions
 from entropy_pl.probe import (
     ATTRIBUTION_PASSES,
     EntropyProbe,
@@ -86,7 +86,7 @@ class ProbeSession:
     _prompt_tokens: int = field(default=0, init=False, repr=False)
     _recorder: UpdateRecorder | None = field(default=None, init=False, repr=False)
     _failure: Exception | None = field(default=None, init=False, repr=False)
-    _begun: float = field(default_factory=time.perf_counter, init=False, repr=False)
+    _begun: float | None = field(default=None, init=False, repr=False)  # when a step was first watched
     _probing: float = field(default=0.0, init=False, repr=False)  # seconds of all probes together
     attributed: AttributedTokens | None = field(default=None, init=False, repr=False)
     """Of the step measured last, where it was attributed."""
@@ -121,7 +121,7 @@ class ProbeSession:
         return probe_memory(
             self.model,
             self.probe,
-            rows=min(share, self.sample_batch_size or share),
+            rows=min(share, self.sample_batch_size or default_rows(model_device(self.model))),
             prompt_tokens=self._prompt_tokens,
             max_new_tokens=self.max_new_tokens,
             attribution=self.causes.attribution and self.sources.update_batch is not None,
@@ -131,11 +131,15 @@ class ProbeSession:
     def arm(self, optimizer: torch.optim.Optimizer) -> None:
         """Before the step: keep θ. What goes wrong here is recorded after the step, as a failed probe."""
         self.disarm()
+        start = time.perf_counter()
+        if self._begun is None:
+            self._begun = start
         try:
             self._recorder = UpdateRecorder(self.model, optimizer)
             self._recorder.snapshot(moments=bool(self.causes.counterfactuals))
         except Exception as error:
             self._recorder, self._failure = None, error
+        self._probing += time.perf_counter() - start
 
     def disarm(self) -> None:
         """Let go of θ; a step that was watched and never came is forgotten."""
@@ -181,7 +185,8 @@ class ProbeSession:
         now = time.perf_counter()
         record.setdefault("seconds", {})["total"] = now - start
         self._probing += now - start
-        record["overhead"] = self._probing / max(now - self._begun - self._probing, 1e-9)
+        if self._begun is not None:
+            record["overhead"] = self._probing / max(now - self._begun - self._probing, 1e-9)
         return record
 
     def e_prompts(self, step: int) -> list[str]:

@@ -229,7 +229,8 @@ class PolicyGradient:
         self, model: nn.Module, batch: TrainingBatch, old_logp: Tensor | None
     ) -> Iterator[tuple[Tensor, PolicyLoss, TokenStats]]:
         """Rows, loss and statistics of every micro-batch, with a graph; to be differentiated before the next one."""
-        for rows in micro_batches(batch.rollout, self.max_batch_tokens or default_batch_tokens(model, graph=True)):
+        budget = self.max_batch_tokens or default_batch_tokens(model, batch.rollout, graph=True)
+        for rows in micro_batches(batch.rollout, budget):
             part = compact(batch.rollout, rows)
             width = part.completion_ids.shape[1]
             stats = policy_stats(

@@ -50,7 +50,7 @@ def counterfactual_update(
             "one without: give them in UpdateBatch, or leave counterfactuals empty"
         )
     loss = intervened(batch.policy_gradient.loss, name)
-    budget = batch.policy_gradient.max_batch_tokens or default_batch_tokens(model, graph=True)
+    budget = batch.policy_gradient.max_batch_tokens or default_batch_tokens(model, batch.rollout, graph=True)
     objective = replace(batch.policy_gradient, loss=loss, dtype=dtype, max_batch_tokens=budget)
     gradient = _clipped_gradient(model, batch, batch.advantages, batch.weights, objective)
     return step_with(gradient, momentum=name != WITHOUT_MOMENTUM)

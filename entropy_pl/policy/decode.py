@@ -67,7 +67,7 @@ def decode(
             return completions[:, :width]
         mask = nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         rows, ids, mask = rows[left], ids[left], mask[left]
-        cache.batch_select_indices(left)
+        cache.batch_select_indices(left.cpu())  # layers may lie on several devices
 
 
 class _EnoughFinished(StoppingCriteria):

@@ -60,7 +60,7 @@ def weighted_gradient(
     with evaluation(model), torch.enable_grad():
         parameters = parameters_named(model, names)
         total = {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in parameters.items()}
-        budget = default_batch_tokens(model, graph=True) if max_batch_tokens is None else max_batch_tokens
+        budget = default_batch_tokens(model, rollout, graph=True) if max_batch_tokens is None else max_batch_tokens
         for rows in micro_batches(rollout, budget):
             a, b = coefficients.logp[rows], coefficients.entropy[rows]
             if not (a.any() or b.any()):

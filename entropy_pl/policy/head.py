@@ -43,7 +43,7 @@ def head_chunk(vocabulary: int, device_type: str, dtype: torch.dtype) -> int:
 def completion_logits(model: nn.Module, rollout: Rollout) -> Tensor:
     """Logits that predict the completion tokens, ``[number of tokens, V]`` in the order of ``completion_mask``."""
     ids, rows, columns = _packed(rollout)
-    with _head_reads(model, lambda hidden: hidden[rows, columns][None]):
+    with _head_reads(model, lambda hidden: _at(hidden, rows, columns)[None]):
         return model(input_ids=ids, use_cache=False).logits[0]
 
 
@@ -71,11 +71,15 @@ def completion_logit_chunks(model: nn.Module, rollout: Rollout) -> Iterator[Tens
         model(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
+    if len(outputs) != 1:
+        raise RuntimeError(
+            f"expected the model's body to run once in a forward pass, got {len(outputs)} times: score a model that "
+            "torch.compile has compiled inside `evaluation`, which runs what it was made from"
+        )
     [output] = outputs
-    for chunk in output.last_hidden_state[rows, columns].split(size):
-        with _body_returns(body, _with_states(output, chunk[None])):
-            logits = model(input_ids=ids[:1, :1], use_cache=False).logits[0]
-        yield logits
+    for chunk in _at(output.last_hidden_state, rows, columns).split(size):
+        # No name here holds the logits while the next ones are made.
+        yield _logits_of(model, body, _with_states(output, chunk[None]), ids[:1, :1])
 
 
 def emitting_states(model: nn.Module, rollout: Rollout) -> Tensor:
@@ -84,7 +88,7 @@ def emitting_states(model: nn.Module, rollout: Rollout) -> Tensor:
     states: list[Tensor] = []
 
     def keep(hidden: Tensor) -> Tensor:
-        states.append(hidden[rows, columns])
+        states.append(_at(hidden, rows, columns))
         return hidden[:, :0]  # nothing is left for the head to do
 
     with _head_reads(model, keep):
@@ -120,6 +124,11 @@ def _head_reads(model: nn.Module, chosen: Callable[[Tensor], Tensor]) -> Iterato
         handle.remove()
 
 
+def _at(hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Chosen positions ``[n, d]``; the last layer may lie on another device than the token ids."""
+    return hidden[rows.to(hidden.device), columns.to(hidden.device)]
+
+
 def _body(model: nn.Module) -> nn.Module | None:
     """The part of a language model below its head."""
     getter = getattr(model, "get_decoder", None)
@@ -132,6 +141,12 @@ def _with_states(output: Any, states: Tensor) -> Any:
     changed = copy.copy(output)
     changed.last_hidden_state = states
     return changed
+
+
+def _logits_of(model: nn.Module, body: nn.Module, output: Any, ids: Tensor) -> Tensor:
+    with _body_returns(body, output):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits
 
 
 @contextmanager

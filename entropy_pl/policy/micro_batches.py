@@ -42,13 +42,14 @@ def micro_batches(rollout: Rollout, max_batch_tokens: int) -> list[Tensor]:
     return [torch.tensor(group, device=rollout.prompt_ids.device) for group in groups]
 
 
-def default_batch_tokens(model: nn.Module, *, graph: bool = False) -> int:
+def default_batch_tokens(model: nn.Module, rollout: Rollout | None = None, *, graph: bool = False) -> int:
     """Padded tokens per micro-batch where none are given, from the model's shape and the memory that is free.
 
     A power of two, so that runs with about the same memory free take the same: micro-batches change the rounding.
 
     Args:
         model: a language model; its activations are taken to be in float32, or the default dtype if that is wider.
+        rollout: what is to be scored; its longest sequence tells what attention that is not fused will take.
         graph: whether a backward pass follows, for which activations of all layers are kept.
 
     Returns:
@@ -56,6 +57,11 @@ def default_batch_tokens(model: nn.Module, *, graph: bool = False) -> int:
     """
     device, shape = model_device(model), ModelShape.of(model)
     numbers = shape.graph_of_body + shape.graph_of_head if graph else shape.activations
+    # On a GPU PyTorch has no fused attention in float64.
+    fused = shape.fused and (device.type == "cpu" or torch.get_default_dtype() != torch.float64)
+    if rollout is not None and len(rollout) and not fused:
+        longest = int((rollout.prompt_lengths + rollout.completion_lengths).max())
+        numbers += 2 * shape.heads * longest * (shape.layers if graph else 1)  # scores and their softmax
     fitting = SHARE_OF_FREE_MEMORY * _free_bytes(device) / (numbers * torch.get_default_dtype().itemsize)
     limits = MAX_GRAPH_TOKENS if graph else MAX_TOKENS
     most = limits.get(device.type, limits["cuda"])
@@ -120,7 +126,9 @@ def parts(
 ) -> Iterator[tuple[Rollout, tuple[Tensor, Tensor]]]:
     """The micro-batches on the model's device, and where in ``[N, T]`` their completion tokens lie, in mask order."""
     rollout = rollout.to(model_device(model))
-    for rows in micro_batches(rollout, default_batch_tokens(model) if max_batch_tokens is None else max_batch_tokens):
+    if max_batch_tokens is None:
+        max_batch_tokens = default_batch_tokens(model, rollout)
+    for rows in micro_batches(rollout, max_batch_tokens):
         part = compact(rollout, rows)
         row, column = part.completion_mask.nonzero(as_tuple=True)
         yield part, (rows[row], column)

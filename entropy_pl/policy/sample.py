@@ -33,6 +33,11 @@ CPU_ROWS = 128
 """The same on a CPU, where the cache of more rows costs more than the fewer steps save."""
 
 
+def default_rows(device: torch.device) -> int:
+    """Rows sampled at once at most when ``batch_size`` is not given."""
+    return CPU_ROWS if device.type == "cpu" else MAX_ROWS
+
+
 @torch.no_grad()
 def sample_completions(
     model: PreTrainedModel | PeftModel,
@@ -97,7 +102,7 @@ def sample_completions(
         range(len(rows)), key=lambda row: -len(rows[row])
     )  # the longest first: memory runs out at once or not
     device = generator.device
-    size = batch_size or (CPU_ROWS if device.type == "cpu" else MAX_ROWS)
+    size = batch_size or default_rows(device)
     prompt_width = len(rows[by_length[0]])
     prompt_ids = torch.full((len(rows), prompt_width), pad, dtype=torch.long, device=device)
     prompt_mask = torch.zeros_like(prompt_ids, dtype=torch.bool)

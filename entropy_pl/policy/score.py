@@ -115,6 +115,7 @@ def completion_stats(
     for logits in completion_logit_chunks(model, rollout):
         parts.append(chunked_stats(logits, targets[done : done + len(logits)], temperature, dtype))
         done += len(logits)
+        del logits  # before the next chunk is made
     logp, entropy = joined(parts)
     check_finite(logp, entropy)
     return logp, entropy

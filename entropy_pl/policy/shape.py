@@ -21,17 +21,21 @@ class ModelShape:
         hidden: d, of the residual stream.
         inner: of the feed-forward layers; 4d where the configuration does not say.
         layers: their number.
+        heads: of attention.
         kv_heads: heads of keys and values.
         head_size: numbers per head.
         vocabulary: V, rows of the output head.
+        fused: whether attention never holds the scores of all pairs of positions.
     """
 
     hidden: int
     inner: int
     layers: int
+    heads: int
     kv_heads: int
     head_size: int
     vocabulary: int
+    fused: bool
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelShape:
@@ -40,18 +44,19 @@ class ModelShape:
         Raises:
             ValueError: if the model has no output head.
         """
-        config: Any = getattr(model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        config = _text_config(getattr(model, "config", None))
         head = output_head(model)
         hidden = head.in_features
-        heads = getattr(config, "num_attention_heads", 1)
+        heads = _size(config, "num_attention_heads", 1)
         return cls(
             hidden=hidden,
-            inner=getattr(config, "intermediate_size", None) or 4 * hidden,
-            layers=getattr(config, "num_hidden_layers", 1),
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or hidden // heads,
+            inner=_size(config, "intermediate_size", 4 * hidden),
+            layers=_size(config, "num_hidden_layers", 1),
+            heads=heads,
+            kv_heads=_size(config, "num_key_value_heads", heads),
+            head_size=_size(config, "head_dim", hidden // heads),
             vocabulary=head.weight.shape[0],
+            fused=getattr(config, "_attn_implementation", None) != "eager",
         )
 
     @property
@@ -76,3 +81,21 @@ class ModelShape:
     def cache(self) -> int:
         """Numbers in the keys and values of one token."""
         return 2 * self.layers * self.kv_heads * self.head_size
+
+
+def _text_config(config: Any) -> Any:
+    """The language model's part of a configuration, where there are several."""
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError):
+        return config
+
+
+def _size(config: Any, name: str, default: int) -> int:
+    """A number of a configuration; of one for each layer the largest."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # Transformers has configurations that raise where layers differ
+        value = None
+    largest = max(value) if isinstance(value, list | tuple) and value else value
+    return int(largest) if largest else default

@@ -137,7 +137,7 @@ def tangents(
             return result
 
         if max_batch_tokens is None:  # once, so that all passes round alike
-            max_batch_tokens = default_batch_tokens(model)
+            max_batch_tokens = default_batch_tokens(model, rollout)
         stats = _stats_along(model, rollout, update, temperature, entropy_dtype, max_batch_tokens, on_pass)
         rollout = rollout.to(model_device(model))
         if update.norm() == 0:
@@ -188,6 +188,8 @@ def one_sided_tangent(
         if update.norm() == 0:
             return TokenStats(torch.zeros_like(base.logp), torch.zeros_like(base.entropy), base.mask)
         rollout = rollout.to(model_device(model))
+        if max_batch_tokens is None:
+            max_batch_tokens = default_batch_tokens(model, rollout)
         stats = _stats_along(model, rollout, update, temperature, entropy_dtype, max_batch_tokens, on_pass)
         step = _difference_step(stats, rollout, base, update, TARGET_LOG_RATIO[_compute_dtype(model)], peers)
         moved = stats(step)

@@ -12,7 +12,6 @@ from entropy_pl.policy.head import head_chunk
 from entropy_pl.policy.logits import STATS_CHUNK_BYTES
 from entropy_pl.policy.micro_batches import default_batch_tokens, model_device
 from entropy_pl.policy.precision import is_quantized
-from entropy_pl.policy.sample import MAX_ROWS
 from entropy_pl.policy.shape import ModelShape
 from entropy_pl.probe.engine import EntropyProbe
 
@@ -101,7 +100,7 @@ def probe_memory(
         snapshot=(1 + 2 * moments) * sum(p.numel() * p.element_size() for p in trainable),
         displaced=sum(p.numel() * max(p.element_size(), wide.itemsize) for p in trainable),
         widened=sum(p.numel() * wide.itemsize for p in floating if p.element_size() < wide.itemsize),
-        cache=shape.cache * min(rows, MAX_ROWS) * length * wide.itemsize,
+        cache=shape.cache * rows * length * wide.itemsize,
         scoring=(chunk + tokens * shape.activations) * wide.itemsize + STATS_TEMPORARIES * stats,
         reading=READING_BYTES * max(p.numel() for p in trainable),
         attribution=(vectors + graph * wide.itemsize) if attribution else 0,

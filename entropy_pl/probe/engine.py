@@ -138,7 +138,7 @@ class EntropyProbe(ProbeSettings):
         with peers.together():
             if rewards is not None:
                 rewards = checked_rewards(rewards, len(rollout))
-            settled = self._settled(model)
+            settled = self._settled(model, rollout)
             scores = settled._score(model, rollout, update, peers, on_pass)
             others, failed = settled._score_counterfactuals(
                 model, rollout, update, counterfactuals, scores.seconds, on_pass
@@ -254,12 +254,12 @@ class EntropyProbe(ProbeSettings):
             **self.scoring,
         }
 
-    def _settled(self, model: nn.Module) -> EntropyProbe:
+    def _settled(self, model: nn.Module, rollout: Rollout) -> EntropyProbe:
         """This probe with one token budget for all its passes: what they round alike cancels between them."""
         if self.max_batch_tokens is not None:
             return self
         with self.evaluation(model):
-            return replace(self, max_batch_tokens=default_batch_tokens(model))
+            return replace(self, max_batch_tokens=default_batch_tokens(model, rollout))
 
     def _score(
         self,

@@ -30,7 +30,8 @@ Where attribution, rewards, predictors or counterfactual losses were asked for, 
 
 A probe within a run also has ``e_prompts`` (how many, a hash of their texts, and how many of them the run trains on),
 ``processes`` (that shared the E-batch), ``memory`` (bytes beside the run's), ``seconds`` per phase and ``overhead``:
-the seconds of all probes so far over those that the run has spent otherwise, since it began or was resumed.
+the seconds of all probes so far over those that the run has spent otherwise, since the first step that was probed in
+this process.
 
 Files are strict JSON: a number that is not finite is written as null, since ``NaN`` is not JSON and most readers
 refuse it. A file whose name ends in ``.gz`` is compressed, every record a gzip member of its own: ``zcat`` reads it,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_score import FAMILIES, build_family
+from test_score import FAMILIES, build_family, build_rollout
 from tiny import build_model
+from torch import nn
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from entropy_pl.policy import micro_batches as batching
 from entropy_pl.policy.micro_batches import default_batch_tokens
@@ -76,3 +79,41 @@ def test_the_cache_is_as_large_as_the_shape_says(family, lora):
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert held == 3 * shape.cache
     assert (shape.hidden, shape.vocabulary, shape.layers) == (16, 23, 2)
+
+
+def test_attention_that_is_not_fused_takes_room(free):
+    """Its scores and their softmax, of a layer at a time: 2 numbers a head and pair of positions."""
+    model = build_model(attn_implementation="eager")
+    longest = 3 + 40
+    rollout = build_rollout(((3, 40), (2, 5)))
+    bytes_a_token = activation_bytes(1) + 2 * 4 * longest * 4
+    free(4 * 1024 * bytes_a_token)
+    assert default_batch_tokens(model, rollout) == 1024
+    free(4 * 1024 * bytes_a_token - 8)
+    assert default_batch_tokens(model, rollout) == 512
+    free(4 * activation_bytes(1024))
+    assert default_batch_tokens(build_model(), rollout) == 1024  # fused
+
+
+def test_every_stock_configuration_has_a_shape():
+    """Some have a list where others have a number, or raise where their layers differ."""
+
+    class Model(nn.Module):
+        def __init__(self, config: object) -> None:
+            super().__init__()
+            self.config, self.head = config, nn.Linear(8192, 4, device="meta")
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+    shapes = {}
+    for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = CONFIG_MAPPING[kind]()
+        except Exception:  # it has no defaults
+            continue
+        shapes[kind] = ModelShape.of(Model(config))
+    assert len(shapes) > 100
+    assert {k: s for k, s in shapes.items() if min(s.activations, s.graph_of_body, s.cache) <= 0} == {}
+    assert shapes["qwen2"].layers == 32
+    assert shapes["gemma3n_text"].inner == 16_384  # of a list
