@@ -128,7 +128,7 @@ def test_time_by_hand():
     assumed = overhead.Assumptions(prompt=0, completion=1, launches_per_layer=1, launch=0.0)
     assert overhead.step_seconds(run, device, assumed) == 14 + 3 * 14  # as many bytes as operations; and three passes
     assert overhead.probe_seconds(run, device, assumed) == {
-        "sampling": 14,
+        "sampling": 28,  # in float32: twice as many bytes, and half the rate
         "tangents and sweep": 4 * 28,
         "attribution": 6 * 28,
     }
