@@ -32,8 +32,8 @@ class Counts:
         """Of a Hugging Face model, plain or PEFT."""
         head, shape = output_head(model), ModelShape.of(model)
         matrices = (m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-        heads = model.config.num_attention_heads
-        return cls(sum(matrices), head.weight.numel(), shape.layers * heads * shape.head_size, shape.cache)
+        attended = shape.layers * shape.heads * shape.head_size
+        return cls(sum(matrices), head.weight.numel(), attended, shape.cache)
 
     @classmethod
     def from_sizes(

@@ -39,6 +39,7 @@ class Shape:
     inner: int = 704
     vocabulary: int = 2048
     context: int = 512
+    tied: bool = True
 
     def model(self, *, lora: LoraSettings | None = LORA, ends: int = 0, **config: Any) -> Any:
         """Random weights, in training's state as ``load_policy`` returns them.
@@ -57,7 +58,7 @@ class Shape:
                 num_attention_heads=self.heads,
                 num_key_value_heads=self.kv_heads,
                 max_position_embeddings=self.context,
-                tie_word_embeddings=True,
+                tie_word_embeddings=self.tied,
                 pad_token_id=0,
                 bos_token_id=None,
                 eos_token_id=list(range(1, 1 + ends)) or None,
@@ -155,8 +156,8 @@ def random_rollout(
     completion: tuple[int, int] | list[int] = COMPLETION_TOKENS,
 ) -> Rollout:
     """Random tokens, of normally distributed numbers: mean and standard deviation are given; from the global RNG."""
-    prompts = _lengths(sequences, prompt, 4, 250)
-    completions = _lengths(sequences, completion, 2, max(MAX_NEW_TOKENS, completion[0]))  # longer ones if meant
+    prompts = _lengths(sequences, prompt, 4, max(250, prompt[0]))  # longer ones if meant
+    completions = _lengths(sequences, completion, 2, max(MAX_NEW_TOKENS, completion[0]))
     prompt_mask = _up_to(prompts).flip(1)
     completion_mask = _up_to(completions)
     ids = [torch.randint(1, vocabulary, mask.shape) * mask for mask in (prompt_mask, completion_mask)]

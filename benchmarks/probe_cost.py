@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.policies import LORA, Shape, random_rollout
 from entropy_pl import EntropyProbe, Rollout, token_stats
 from entropy_pl.peers import Peers
 from entropy_pl.policy.micro_batches import model_device
@@ -74,29 +73,22 @@ def arguments() -> argparse.Namespace:
 
 
 def build(options: argparse.Namespace, kind: str) -> Any:
-    config = Qwen2Config(
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        intermediate_size=3 * options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.hidden // 64),
-        num_key_value_heads=max(1, options.hidden // 128),
-        max_position_embeddings=options.prompt + options.tokens,
+    shape = Shape(
+        hidden=options.hidden,
+        layers=options.layers,
+        heads=max(1, options.hidden // 64),
+        kv_heads=max(1, options.hidden // 128),
+        inner=3 * options.hidden,
+        vocabulary=options.vocabulary,
+        context=options.prompt + options.tokens,
+        tied=False,
     )
-    model = Qwen2ForCausalLM(config)
-    if kind == "LoRA":
-        return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    model = shape.model(lora=LORA if kind == "LoRA" else None)
     return model.bfloat16() if "bfloat16" in kind else model
 
 
 def batch(options: argparse.Namespace, device: torch.device) -> Rollout:
-    """Any tokens do: the cost does not depend on what they say."""
-
-    def draw(length: int) -> torch.Tensor:
-        return torch.randint(0, options.vocabulary, (options.sequences, length), device=device)
-
-    prompts, completions = draw(options.prompt), draw(options.tokens)
-    return Rollout(prompts, torch.ones_like(prompts), completions, torch.ones_like(completions))
+    return random_rollout(options.sequences, options.vocabulary, (options.prompt, 0), (options.tokens, 0)).to(device)
 
 
 def report(

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from entropy_pl.attribution.batch import UpdateBatch
 from entropy_pl.objectives import WITHOUT_MOMENTUM, intervened
-from entropy_pl.policy.micro_batches import default_batch_tokens
 from entropy_pl.policy_gradient import PolicyGradient
 from entropy_pl.updates.vector import UpdateVector
 
@@ -50,8 +49,7 @@ def counterfactual_update(
             "one without: give them in UpdateBatch, or leave counterfactuals empty"
         )
     loss = intervened(batch.policy_gradient.loss, name)
-    budget = batch.policy_gradient.max_batch_tokens or default_batch_tokens(model, batch.rollout, graph=True)
-    objective = replace(batch.policy_gradient, loss=loss, dtype=dtype, max_batch_tokens=budget)
+    objective = replace(batch.policy_gradient, loss=loss, dtype=dtype)
     gradient = _clipped_gradient(model, batch, batch.advantages, batch.weights, objective)
     return step_with(gradient, momentum=name != WITHOUT_MOMENTUM)
 

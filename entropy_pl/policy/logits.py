@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STATS_CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+STATS_CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}  # what is not a CPU is taken for a GPU
 """Of one chunk of logits in the entropy's dtype, of which a handful of copies are made. On a CPU it must stay in a
 core's caches (a chunk of 128 MiB took 5 to 15 times as long); on a GPU it must be large enough to be worth a launch."""
 
@@ -53,7 +53,7 @@ def logits_to_stats(logits: Tensor, targets: Tensor, temperature: float, dtype: 
 
 def chunked_stats(logits: Tensor, targets: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As :func:`logits_to_stats`, a bounded number of rows at a time: ``dtype`` may be wider than the logits'."""
-    rows = _rows(logits, dtype)
+    rows = stats_chunk(logits.shape[-1], logits.device.type, dtype)
     chunks = zip(logits.split(rows), targets.split(rows), strict=True)
     reduce = _compiled_stats if _COMPILED.get() else logits_to_stats
     return joined(reduce(chunk, target, temperature, dtype) for chunk, target in chunks)
@@ -123,7 +123,7 @@ def logits_gradient(
 ) -> Tensor:
     """∂/∂logits of Σ a log p_t + b h, ``[n, V]``, in the logits' dtype."""
     result = torch.empty_like(logits)
-    rows = _rows(logits, dtype)
+    rows = stats_chunk(logits.shape[-1], logits.device.type, dtype)
     for start in range(0, len(logits), rows):
         chunk = slice(start, start + rows)
         log_p = (logits[chunk].to(dtype) / temperature).log_softmax(-1).clamp_(min=torch.finfo(dtype).min)
@@ -137,6 +137,7 @@ def logits_gradient(
     return result
 
 
-def _rows(logits: Tensor, dtype: torch.dtype) -> int:
-    limit = STATS_CHUNK_BYTES.get(logits.device.type, STATS_CHUNK_BYTES["cuda"])
-    return max(1, limit // (dtype.itemsize * logits.shape[-1]))
+def stats_chunk(vocabulary: int, device_type: str, dtype: torch.dtype) -> int:
+    """How many tokens' logits become statistics at once."""
+    limit = STATS_CHUNK_BYTES.get(device_type, STATS_CHUNK_BYTES["cuda"])
+    return max(1, limit // (dtype.itemsize * vocabulary))

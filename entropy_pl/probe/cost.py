@@ -9,7 +9,7 @@ from torch import nn
 
 from entropy_pl.policy.adapter import trainable_parameters
 from entropy_pl.policy.head import head_chunk
-from entropy_pl.policy.logits import STATS_CHUNK_BYTES
+from entropy_pl.policy.logits import stats_chunk
 from entropy_pl.policy.micro_batches import default_batch_tokens, model_device
 from entropy_pl.policy.precision import is_quantized
 from entropy_pl.policy.shape import ModelShape
@@ -91,8 +91,10 @@ def probe_memory(
 
     tokens, scored = micro_batch(graph=False)
     in_graph, with_logits = micro_batch(graph=True)
-    chunk = min(scored, head_chunk(shape.vocabulary, kind, wide)) * shape.vocabulary
-    stats = min(chunk * getattr(torch, probe.entropy_dtype).itemsize, STATS_CHUNK_BYTES.get(kind, 2**28))
+    entropy_dtype = getattr(torch, probe.entropy_dtype)
+    at_once = min(scored, head_chunk(shape.vocabulary, kind, wide))
+    chunk = at_once * shape.vocabulary
+    stats = min(at_once, stats_chunk(shape.vocabulary, kind, entropy_dtype)) * shape.vocabulary * entropy_dtype.itemsize
     numbers = sum(p.numel() for p in trainable)
     vectors = numbers * 2 * torch.float64.itemsize
     graph = in_graph * shape.graph_of_body + with_logits * shape.graph_of_head
