@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from tqdm import tqdm
 
 from benchmarks.hardware import machine
 from benchmarks.options import Options
 from benchmarks.tables import Table, write_tables
+from entropy_pl.progress import progress
 
 NAMES = ("floor", "scoring", "probes", "growth", "memory", "sampling", "grpo_step", "overhead", "gpu")
 
@@ -33,15 +35,21 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     console.print(machine(options.device))
     tables = [Table("machine", "Machine", ("what",), [(machine(options.device),)])]
-    for name in names:
-        for table in importlib.import_module(f"benchmarks.{name}").run(options):
-            console.print(table.rich())
-            console.file.flush()  # into a file as well
-            tables.append(table)
-        if chosen.write:  # as they come: what follows may fail
-            absent = write_tables(chosen.write, tables)
-            if absent:
-                console.print(f"no markers in {chosen.write} for: {', '.join(absent)}")
+    with progress("benchmarks", len(names), "benchmark") as bar:
+        for name in names:
+            bar.set_postfix_str(name)
+            for table in importlib.import_module(f"benchmarks.{name}").run(options):
+                with tqdm.external_write_mode(console.file):
+                    console.print(table.rich())
+                console.file.flush()  # into a file as well
+                tables.append(table)
+            if chosen.write:  # as they come: what follows may fail
+                absent = write_tables(chosen.write, tables)
+                if absent:
+                    bar.write(f"no markers in {chosen.write} for: {', '.join(absent)}")
+            bar.update()
+    if chosen.write:
+        console.print(f"tables   {chosen.write}", highlight=False)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -43,6 +43,7 @@ from entropy_pl.policy.gradients import sequence_gradients
 from entropy_pl.policy.micro_batches import model_device
 from entropy_pl.policy.rng import isolated_rng
 from entropy_pl.probe import peak_memory, timed
+from entropy_pl.progress import parts_shown, progress
 
 MIB = 2**20
 FIELDS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
@@ -51,7 +52,8 @@ FIELDS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
 def main() -> None:
     options = arguments()
     console = Console()
-    model, e, u = build(options)
+    with parts_shown(True):  # sampling
+        model, e, u = build(options)
     console.print(f"E: {described(e)}; U: {described(u)}; {torch.get_num_threads()} threads")
     for part, table in (("times", lambda: times(options, model, e, u)), ("memory", lambda: memory(options))):
         if part in options.parts:
@@ -108,10 +110,16 @@ def times(options: argparse.Namespace, model: nn.Module, e: Rollout, u: Rollout)
         with timed(seconds, label, model):
             attribute_update(model, e, u, v, token_coefficients=coefficients, on_pass=clock, **budget, **given)
 
-    for _ in range(options.repeats):
-        attribute("attribute_update, alone", update)
-        attribute("  with weight decay", decayed)
-        attribute("  in a probe", update, base=base, tangent=tangent)
+    kinds: dict[str, tuple[UpdateVector, dict[str, Any]]] = {
+        "attribute_update, alone": (update, {}),
+        "  with weight decay": (decayed, {}),
+        "  in a probe": (update, {"base": base, "tangent": tangent}),
+    }
+    with progress("attributions", options.repeats * len(kinds), "attribution") as bar:
+        for _ in range(options.repeats):
+            for label, (v, given) in kinds.items():
+                attribute(label, v, **given)
+                bar.update()
     unit = seconds.pop("unit") / (3 * options.repeats)
     rows = [(label, total / options.repeats, shares(phases[label], total)) for label, total in seconds.items()]
     metric = update.preconditioner

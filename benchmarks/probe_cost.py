@@ -26,6 +26,7 @@ from entropy_pl import EntropyProbe, Rollout, token_stats
 from entropy_pl.peers import Peers
 from entropy_pl.policy.micro_batches import model_device
 from entropy_pl.probe import peak_memory, probe_memory, timed
+from entropy_pl.progress import progress
 from entropy_pl.updates import UpdateRecorder
 
 MIB = 2**20
@@ -43,12 +44,15 @@ def main() -> None:
         times.add_column(name, justify="right")
     for name in ("policy", "trainable", "formula", "measured", "snapshot", "displaced", "scoring", "reading"):
         memory.add_column(name, justify="right")
-    for kind in ("LoRA", "whole", "whole, bfloat16"):
-        model = build(options, kind).to(device)
-        rows = torch.tensor(peers.share(list(range(options.sequences))), device=model_device(model))
-        report(kind, model, batch(options, model_device(model)).select(rows), options, peers, times, memory)
-        del model
-        gc.collect()
+    kinds = ("LoRA", "whole", "whole, bfloat16")
+    with progress("probes", len(kinds), "policy") as bar:
+        for kind in kinds:
+            model = build(options, kind).to(device)
+            rows = torch.tensor(peers.share(list(range(options.sequences))), device=model_device(model))
+            report(kind, model, batch(options, model_device(model)).select(rows), options, peers, times, memory)
+            del model
+            gc.collect()
+            bar.update()
     if peers.rank == 0:
         Console().print(times, memory)
     if dist.is_initialized():

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from entropy_pl.progress import parts_shown, progress
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -51,12 +53,15 @@ def ratio_of(ratios: list[float]) -> Ratio:
 def interleaved(alternatives: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> Timings:
     """Run all alternatives in turns, ``rounds`` times; a round before those is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in alternatives}
-    for number in range(rounds + 1):
-        with _no_collection():
-            for name, work in alternatives.items():
-                took = timed_once(work, device)
-                if number:
-                    seconds[name].append(took)
+    with progress("taking turns", (rounds + 1) * len(alternatives), "run") as bar, parts_shown(False):
+        for number in range(rounds + 1):
+            with _no_collection():
+                for name, work in alternatives.items():
+                    took = timed_once(work, device)
+                    if number:
+                        seconds[name].append(took)
+                    bar.set_postfix_str(name, refresh=False)
+                    bar.update()
     return Timings(seconds)
 
 

@@ -15,7 +15,7 @@ from entropy_pl.objectives import counterfactual_names
 from entropy_pl.peers import Peers
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.policy.sample import decode_completions
-from entropy_pl.probe import EntropyProbe, ProbeScores
+from entropy_pl.probe import EntropyProbe, ProbeScores, what_happened
 from entropy_pl.registry import did_you_mean
 from entropy_pl.reporting import AttributedTokens
 from entropy_pl.reporting.attributing import attribution_record, noted
@@ -113,7 +113,7 @@ class CausesOfStep:
                 batch = self.sources.update_batch()
                 why = "the run did not supply the U-batch of this step"
             except Exception as error:
-                why = f"the run could not supply its U-batch. {type(error).__name__}: {error}"
+                why = f"the run could not supply its U-batch. {what_happened(error)}"
         if not all(self.peers.exchange(batch is not None)):
             self.absent["attribution"] = why if batch is None else "another process did not supply its U-batch"
             return None
@@ -137,7 +137,7 @@ class CausesOfStep:
                     found = self.sources.rewards(*asked) if prompts else []
                 rewards = None if found is None else checked_rewards(found, len(rollout))
             except Exception as error:
-                why = f"the run could not reward E's completions. {type(error).__name__}: {error}"
+                why = f"the run could not reward E's completions. {what_happened(error)}"
         if not all(self.peers.exchange(rewards is not None)):
             self.absent["reward"] = why if rewards is None else "another process could not reward its completions"
             return None
@@ -160,7 +160,7 @@ class CausesOfStep:
                 with isolated_rng(seed), self.probe.evaluation(self.model):
                     update = counterfactual_update(self.model, batch, name, recorder.step_with, dtype=dtype)
             except Exception as error:
-                self.absent[f"counterfactuals/{name}"] = f"{type(error).__name__}: {error}"
+                self.absent[f"counterfactuals/{name}"] = what_happened(error)
             else:
                 yield name, update
 
@@ -204,7 +204,7 @@ class CausesOfStep:
             if whole.advantages is None:
                 self.absent["predictors"] = "the U-batch has no advantages"
         except Exception as error:
-            self.absent["attribution"] = f"{type(error).__name__}: {error}"
+            self.absent["attribution"] = what_happened(error)
             return {}, None
         return found, tokens
 

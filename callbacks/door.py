@@ -15,17 +15,20 @@ from tqdm import tqdm
 from entropy_pl.callbacks.causes import Causes, RunSources
 from entropy_pl.callbacks.prompts import DEFAULT_COLUMN, count_common
 from entropy_pl.callbacks.session import ProbeSession, check_numbers
-from entropy_pl.callbacks.sinks import Sink, publish, summarize
+from entropy_pl.callbacks.sinks import Sink, publish, summarize, whatever_happens
 from entropy_pl.estimators import Baseline
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.tangents import Method
 from entropy_pl.probe import EntropyProbe, Precision
-from entropy_pl.reporting import Record, RecordWriter, add_step_agreement, read_records
+from entropy_pl.progress import progress
+from entropy_pl.reporting import Record, RecordWriter, add_step_agreement, read_records, step_evidence
 from entropy_pl.reporting.records import plain
 from entropy_pl.updates.steps import was_skipped, watch_steps
 
 DEFAULT_MAX_NEW_TOKENS = 256
+KEPT_BACK = "it is kept, and written with the next one as soon as there is room"
+KEPT = 100  # records in memory: a run may be long, and all of them are in the file
 NOT_COMPARED = ("seconds", "memory", "overhead")  # of two records of one step: how the machine was, not what was found
 
 
@@ -51,6 +54,10 @@ class ProbeDoor:
 
     Probed are optimizer steps n with n % every_n_steps == 0, counting from 0. The run is not changed by a bit: the
     probe has its own random streams, works on the parameters of before the step, and puts everything back.
+
+    Records go to ``records.jsonl`` in the output directory, the last hundred are at hand in ``records``. One that
+    cannot be written is kept, and written before the next one. Ctrl-C ends a probe at once, and the run at the end of
+    the step, in the state that the step left.
 
     Args:
         prompts: E prompts: strings ready for the tokenizer, chats (lists of messages, which go through its chat
@@ -189,7 +196,10 @@ class ProbeDoor:
         self._watched: Any = None  # the optimizer, and the handle by which its steps are seen
         self._handle: Any = None
         self._writer: RecordWriter | None = None  # of the one process that writes
-        self._written: dict[int, Record] = {}
+        self._written: dict[int, Record] = {}  # by the part of the run that is taken again
+        self._unwritten: list[Record] = []
+        self._history: list[Record] = []  # of every probe of the run what theories are compared by
+        self._interruption: BaseException | None = None
         self._sinks: list[Sink] = []
         self._step: int | None = None  # of the watched optimizer, the next one, counted from 0
         self._attempted = False  # a step has begun and has not ended
@@ -234,6 +244,11 @@ class ProbeDoor:
                 **self._sampling,
             )
 
+    @property
+    def records_path(self) -> Path | None:
+        """File of the run's records; None before the run, with the probe off, and in all processes but the first."""
+        return None if self._writer is None else self._writer.path
+
     # ------------------------------------------------------------------------------------------ for the doors to call
 
     def _attach(self, find: Callable[[Peers], Attachment]) -> None:
@@ -252,12 +267,15 @@ class ProbeDoor:
     def _open(self, found: Attachment) -> None:
         """Watch the optimizer's steps, and make ready what the first process writes to."""
         session = found.session
-        self.records, self._attempted, self._was_open = [], False, True
+        self.records, self._history, self._unwritten = [], [], []
+        self._attempted, self._was_open, self._interruption = False, True, None
         self._session, self._watched = session, found.optimizer
         if session.peers.rank == 0:
             self._writer = _writer_in(found.directory)
-            self._written = _records_in(self._writer.path)
-            if self._written and not self._step:
+            earlier = _records_in(self._writer.path)
+            self._history = [step_evidence(record) for record in earlier]
+            self._written = {r["step"]: r for r in earlier if r["step"] >= (self._step or 0)}
+            if earlier and not self._step:
                 warnings.warn(
                     f"{self._writer.path} holds records of an earlier run, and this one begins anew: its records are "
                     "appended, and tables and figures show the later ones. To keep them apart give output_directory=",
@@ -306,9 +324,21 @@ class ProbeDoor:
         if self._writer is not None and self.records:
             with whatever_happens("summarize the probes"):
                 summarize(self._writer.path, self._sinks)
+        self._stop_if_interrupted()
+
+    def _stop_if_interrupted(self) -> None:
+        """The step is done and counted: what interrupted its probe may end the run."""
+        interruption, self._interruption = self._interruption, None
+        if interruption is not None:
+            self._close()  # not every trainer says that a run has ended so
+            raise interruption
 
     def _close(self) -> None:
-        """Let go of the optimizer and of θ."""
+        """Let go of the optimizer and of θ, and write what could not be written before."""
+        if self._unwritten:
+            with whatever_happens("write the last records", self._lost):
+                self._write()
+            self._unwritten = []
         if self._handle is not None:
             self._handle.remove()
         if self._session is not None:
@@ -332,14 +362,25 @@ class ProbeDoor:
     # -------------------------------------------------------------------------------------------------- around a step
 
     def _before_step(self) -> None:
+        self._stop_if_interrupted()
         if self._session is not None and self._step is not None and self.is_due(self._step):
             self._session.arm(self._watched)
 
     def _after_step(self) -> None:
-        session = self._session
-        if session is not None and self._step is not None:
-            # a fused optimizer under a gradient scaler skips inside its own step
-            self._end_step(session.skipped if was_skipped(self._watched) else self._measure)
+        session, step = self._session, self._step
+        if session is not None and step is not None:
+            try:
+                # a fused optimizer under a gradient scaler skips inside its own step
+                self._end_step(session.skipped if was_skipped(self._watched) else self._measure)
+            except Exception:
+                raise
+            except BaseException as interruption:  # the step is taken, and the trainer has yet to count it
+                self._interruption = interruption
+                warnings.warn(
+                    f"{type(interruption).__name__} during the entropy probe of step {step}: the run stops at the end "
+                    "of the step, in the state that the step left; a run resumed from before it probes it again",
+                    stacklevel=2,
+                )
 
     def _end_step(self, record_of: Callable[[int], Record]) -> None:
         if self._step is None:
@@ -350,15 +391,9 @@ class ProbeDoor:
 
     def _measure(self, step: int) -> Record:
         assert self._session is not None
-        # disable=None: quiet without a terminal. Position 1 leaves the trainer's own bar alone.
-        with tqdm(
-            desc=f"entropy probe, step {step}",
-            total=self._session.passes,
-            unit="pass",
-            leave=False,
-            position=1,
-            disable=None if self._progress_bar and self._session.peers.rank == 0 else True,
-        ) as bar:
+        shown = self._progress_bar and self._session.peers.rank == 0
+        # position 1 leaves the trainer's own bar alone
+        with progress(f"entropy probe, step {step}", self._session.passes, "pass", shown=shown, position=1) as bar:
 
             def advance(phase: str) -> None:
                 with suppress(OSError, ValueError):  # a terminal that is gone
@@ -373,19 +408,37 @@ class ProbeDoor:
         with whatever_happens("read the run's reward"):
             record["reward"] = self._reward()
         with whatever_happens("compare theories over the run's steps"):
-            earlier = [other for step, other in self._written.items() if step < record["step"]]
-            add_step_agreement(record, [*earlier, *self.records])
+            add_step_agreement(record, self._history)
+            self._history.append(step_evidence(record))
         tokens = None
         if self._session is not None:  # taken, so that a step without any does not show those of another
             tokens, self._session.attributed = self._session.attributed, None
         self.records.append(record)
+        del self.records[: -max(KEPT, len(self._unwritten) + 1)]
         if self._writer is None:
             return
-        with whatever_happens(f"write the record of step {record['step']}"):
-            if not _is_same(record, self._written.get(record["step"])):  # a resumed run takes steps again
-                self._writer.write(record)
-        with whatever_happens(f"log the probe of step {record['step']}"):
-            publish(record, self._sinks, tokens, self._writer.path.parent)
+        if not _is_same(record, self._written.pop(record["step"], None)):  # a resumed run takes steps again
+            self._unwritten.append(record)
+        with whatever_happens(f"write the record of step {record['step']}", lambda: KEPT_BACK * bool(self._unwritten)):
+            self._write()
+        publish(record, self._sinks, tokens, self._writer.path.parent)
+
+    def _write(self) -> None:
+        """Write the records that are not written yet, in their order."""
+        assert self._writer is not None
+        while self._unwritten:
+            try:
+                self._writer.write(self._unwritten[0])
+            except OSError:  # there may be room again
+                raise
+            except Exception:
+                del self._unwritten[0]  # it will never be written
+                raise
+            del self._unwritten[0]
+
+    def _lost(self) -> str:
+        steps = ", ".join(str(record["step"]) for record in self._unwritten)
+        return f"the records of steps {steps} are not in the file, but in the callback's `records` while it lives"
 
     def _announcement(self, session: ProbeSession) -> str:
         shared = f" shared by {session.peers.size} processes" if session.peers.size > 1 else ""
@@ -406,9 +459,9 @@ def _writer_in(directory: Path) -> RecordWriter:
     return RecordWriter(directory / "records.jsonl")
 
 
-def _records_in(path: Path) -> dict[int, Record]:
-    """What an earlier part of the run has written, the last record of every step."""
-    return {record["step"]: record for record in (read_records(path) if path.is_file() else []) if "step" in record}
+def _records_in(path: Path) -> list[Record]:
+    """What an earlier part of the run has written of its probes."""
+    return [r for r in (read_records(path) if path.is_file() else []) if isinstance(r.get("step"), int)]
 
 
 def _is_same(record: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
@@ -416,12 +469,3 @@ def _is_same(record: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool
         return {key: value for key, value in of.items() if key not in NOT_COMPARED}
 
     return other is not None and found(plain(record)) == found(other)
-
-
-@contextmanager
-def whatever_happens(what: str) -> Iterator[None]:
-    """A full disk or a logger that is down must not end a training run."""
-    try:
-        yield
-    except Exception as error:
-        warnings.warn(f"could not {what}, training goes on. {type(error).__name__}: {error}", stacklevel=3)

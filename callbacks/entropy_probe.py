@@ -98,8 +98,9 @@ class EntropyProbeCallback(ProbeDoor, Callback):
             self._unclipped = _gradient_norm(optimizer) if due else None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        """A step that has not ended by now was skipped."""
+        """A step that has not ended by now was skipped; one whose probe was interrupted ends here."""
         self._between_steps()
+        self._stop_if_interrupted()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the probes as a table and a figure, and say where everything lies."""

@@ -27,6 +27,7 @@ from entropy_pl.probe import (
     peak_memory,
     probe_memory,
     timed,
+    what_happened,
 )
 from entropy_pl.reporting import AttributedTokens
 from entropy_pl.reporting.records import SCHEMA, Record
@@ -100,6 +101,11 @@ class ProbeSession:
                 f"expected at least {needed} E prompts (num_sequences={self.num_sequences}, completions_per_prompt="
                 f"{self.completions_per_prompt}), got {len(self.prompts)}: give more prompts, lower num_sequences, or "
                 "raise completions_per_prompt"
+            )
+        if len(set(self.prompts)) < 2:
+            raise ValueError(
+                f"expected at least 2 different E prompts, got {len(self.prompts)} times the same: completions of one "
+                "prompt are one cluster, which has no error bar. Give other prompts too"
             )
         self.probe.check(self.model)
         self._prompt_tokens = check_prompts(self.model, self.tokenizer, self.prompts, self.max_new_tokens)
@@ -211,9 +217,12 @@ class ProbeSession:
         }
 
     def _measured(self, record: Record, step: int, on_pass: Callable[[str], None]) -> Record:
-        update = self._read(record)
-        if update.norm() == 0:
-            message = "the step did not move the policy (a learning rate of zero, or no gradient)"
+        update, norm = self._read(record)
+        if norm == 0:
+            message = (
+                "the step did not move the policy (a learning rate of zero, or no gradient): nothing to do where a "
+                "warm-up begins at zero, else look at the schedule and at what is trained"
+            )
             return {"status": "no_movement", "message": message}
         assert self._recorder is not None
         seconds: dict[str, float] = {}
@@ -253,8 +262,8 @@ class ProbeSession:
             }
         )
 
-    def _read(self, record: Record) -> UpdateVector:
-        """The step, if all processes have taken the same one."""
+    def _read(self, record: Record) -> tuple[UpdateVector, float]:
+        """The step and its norm, if it is finite and all processes have taken the same one."""
         with self.peers.together():
             if self._failure is not None:
                 raise self._failure
@@ -262,8 +271,9 @@ class ProbeSession:
                 raise RuntimeError("no step is being watched: call arm() before the optimizer's step")
             update = self._recorder.read(keep=False)  # what it refers to stays as it is until the probe is over
             record["lr"] = update.lr
+            norm = update.checked_norm()
             if self.peers.size == 1:
-                return update
+                return update, norm
             said = self.peers.exchange((_sketch(update.direction), _sketch(self._recorder.theta_before)))
         if None in said:
             raise ValueError(NOT_ALL)
@@ -274,7 +284,7 @@ class ProbeSession:
                     f"expected all {self.peers.size} processes to {what}, got (norm, projection) {list(sketches)}: "
                     "they train policies of their own, whose gradients are not reduced; probe each in a run of its own"
                 )
-        return update
+        return update, norm
 
     @property
     def _prompts_needed(self) -> int:
@@ -303,7 +313,7 @@ class ProbeSession:
 
 
 def _failure(error: Exception) -> Record:
-    return {"status": "failed", "message": f"{type(error).__name__}: {error}"}
+    return {"status": "failed", "message": what_happened(error)}
 
 
 def check_numbers(num_sequences: int, completions_per_prompt: int) -> None:

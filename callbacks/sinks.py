@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import shlex
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -78,7 +82,7 @@ class TensorBoardSink(Sink):
 
 
 def publish(record: Record, sinks: Sequence[Sink], tokens: AttributedTokens | None, folder: Path) -> None:
-    """Log a record's scalars and pictures, and write what was attributed beside the records.
+    """Log a record's scalars and pictures, and write what was attributed beside the records; what fails is warned of.
 
     Args:
         record: of one probe.
@@ -87,38 +91,71 @@ def publish(record: Record, sinks: Sequence[Sink], tokens: AttributedTokens | No
         folder: of the records.
     """
     step, values = record["step"], scalars(record)
+    figures: dict[str, Callable[[], Figure]] = {}
+    if record["status"] == "ok":
+        figures[SWEEP_TAG] = partial(eta_sweep_figure, record)
+    if tokens is not None:
+        drawings = {
+            "top_tokens": top_tokens_figure,
+            "influence": influence_scatter_figure,
+            "share": influence_share_figure,
+            "matrix": influence_matrix_figure,
+        }
+        if tokens.matrix is None:
+            del drawings["matrix"]
+        figures |= {f"{ATTRIBUTION_TAG}{tag}": partial(draw, tokens) for tag, draw in drawings.items()}
+        with whatever_happens(f"write the attributed tokens of step {step}"):
+            _write_tokens(tokens, folder / ATTRIBUTION_FOLDER / f"step_{step:06d}")
     for sink in sinks:
-        if values:
-            sink.scalars(values, step)
-        if record["status"] == "ok":
-            sink.figure(SWEEP_TAG, lambda: eta_sweep_figure(record), step)
-    if tokens is None:
-        return
-    name = folder / ATTRIBUTION_FOLDER / f"step_{step:06d}"
+        with whatever_happens(f"log the probe of step {step}"):
+            if values:
+                sink.scalars(values, step)
+            for tag, draw in figures.items():
+                sink.figure(tag, draw, step)
+
+
+def _write_tokens(tokens: AttributedTokens, name: Path) -> None:
+    """All numbers, and a page; each appears once it is whole."""
     name.parent.mkdir(exist_ok=True)
     tokens.save(name.with_suffix(".npz"))
-    page = attribution_page(tokens, title=f"Who moved the entropy: optimizer step {step}")
-    name.with_suffix(".html").write_text(page, encoding="utf-8")
-    figures = {"top_tokens": top_tokens_figure, "influence": influence_scatter_figure, "share": influence_share_figure}
-    if tokens.matrix is not None:
-        figures["matrix"] = influence_matrix_figure
-    for tag, draw in figures.items():
-        for sink in sinks:
-            sink.figure(f"{ATTRIBUTION_TAG}{tag}", partial(draw, tokens), step)
+    page, unfinished = name.with_suffix(".html"), name.with_suffix(".html.tmp")
+    title = f"Who moved the entropy: optimizer step {tokens.step}"
+    try:
+        unfinished.write_text(attribution_page(tokens, title=title), encoding="utf-8")
+        os.replace(unfinished, page)
+    finally:
+        unfinished.unlink(missing_ok=True)  # of a full disk
+
+
+@contextmanager
+def whatever_happens(what: str, advice: str | Callable[[], str] = "") -> Iterator[None]:
+    """A full disk or a logger that is down must not end a training run.
+
+    Args:
+        what: is tried, for the warning.
+        advice: what comes of it, or what to do; asked for once it has failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        more = advice() if callable(advice) else advice
+        reason = f"{type(error).__name__}: {error}" + (f": {more}" if more else "")
+        warnings.warn(f"could not {what}, training goes on. {reason}", stacklevel=3)
 
 
 def summarize(records_path: Path, sinks: Sequence[Sink]) -> None:
-    """Draw the run's figure beside its records, print its table, and say where everything lies."""
+    """Draw the run's figures beside its records, print its table, and say where everything lies."""
     records = latest_per_step(read_records(records_path))
-    picture = records_path.parent / "delta_entropy.png"
-    delta_entropy_figure(records).savefig(picture)
-    pictures = [picture]
+    drawings = {"delta_entropy": delta_entropy_figure}
     if any(record.get("attribution") for record in records):
-        pictures.append(picture.with_name("components.png"))
-        components_figure(records).savefig(pictures[-1])
+        drawings["components"] = components_figure
     if any(record.get("exchange_rate") for record in records):
-        pictures.append(picture.with_name("exchange_rate.png"))
-        exchange_rate_figure(records).savefig(pictures[-1])
+        drawings["exchange_rate"] = exchange_rate_figure
+    pictures = []
+    for name, draw in drawings.items():
+        with whatever_happens(f"draw {name}.png"):
+            draw(records).savefig(records_path.with_name(f"{name}.png"))
+            pictures.append(records_path.with_name(f"{name}.png"))
     console = Console(soft_wrap=True)
     console.print(probe_table(records))
     attributed = [record for record in records if record.get("attribution") or record.get("counterfactuals")]
@@ -128,4 +165,6 @@ def summarize(records_path: Path, sinks: Sequence[Sink]) -> None:
     pages = sorted((records_path.parent / ATTRIBUTION_FOLDER).glob("step_*.html"))
     lines += [f"tokens   {pages[-1]}" + (f" and {len(pages) - 1} more" if len(pages) > 1 else "")] if pages else []
     lines += [f"curves   tensorboard --logdir {sink.tensorboard}" for sink in sinks if sink.tensorboard is not None]
+    run = records_path.parent.parent if records_path.parent.name == "entropy_probe" else records_path.parent
+    lines.append(f"report   entropy-pl report {shlex.quote(str(run))}")
     console.print("\n".join(lines), highlight=False, markup=False)

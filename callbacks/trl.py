@@ -24,6 +24,8 @@ from entropy_pl.callbacks.trl_batch import SCORING, StepCapture
 from entropy_pl.callbacks.trl_rewards import TrainerRewards
 from entropy_pl.peers import Peers
 
+__all__ = ["EntropyProbeTrainerCallback"]
+
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 WITH_A_CLOCK = ("DVCLiveCallback",)
 
@@ -132,6 +134,10 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
         self._between_steps()
         if self._capture is not None:
             self._capture.begin(False)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """A step whose probe was interrupted ends here."""
+        self._stop_if_interrupted()
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Show the probes as a table and a figure, and say where everything lies."""

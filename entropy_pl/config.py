@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import IO, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
@@ -16,6 +17,9 @@ from jsonargparse import ArgumentParser, Namespace
 from entropy_pl.config_messages import explained, unknown_key
 
 S = TypeVar("S")
+LARGEST, DEEPEST = 100_000, 50  # values in a config, aliases written out; sections in sections
+ERROR_LOG = "error.log"
+"""In a run's folder: the tracebacks of commands that failed there."""
 
 
 class UsageError(Exception):
@@ -54,7 +58,7 @@ class SettingsParser(Generic[S]):
                 what was expected, and the nearest key there is.
             FileNotFoundError: if there is no such file.
         """
-        given = self._checked(source if isinstance(source, Mapping) else _load_file(source))
+        given = self._checked(source if isinstance(source, Mapping) else load_file(source))
         return self._settings_of(lambda: self._parser.parse_object(given))
 
     def parse(self, words: Sequence[str] | None) -> S:
@@ -102,7 +106,7 @@ class SettingsParser(Generic[S]):
 
     def _meant(self, key: str, value: str) -> Mapping[Any, Any]:
         if key == "config":
-            return _load_file(value)
+            return load_file(value)
         return {key: _load_yaml(value, f"--{key}") if self._is_section(key) else value}
 
     def _checked(self, given: Mapping[Any, Any]) -> dict[str, Any]:
@@ -113,7 +117,7 @@ class SettingsParser(Generic[S]):
             namespace = parse()
         except (ArgumentError, TypeError) as error:
             raise ValueError(explained(str(error), self.keys)) from error
-        made: S = _made(namespace, self._settings)
+        made: S = _made(namespace, self._settings, "")
         return made
 
 
@@ -154,6 +158,8 @@ def _checked_value(value: Any, hint: Any, path: str, keys: Sequence[str]) -> Any
             return None
         raise ValueError(f"{path}: expected {getattr(hint, '__name__', hint)}, got null: give one or leave it out")
     if section is None:
+        if _too_large(value):
+            raise ValueError(f"{path}: expected a number that a float has room for, got one of more than 308 digits")
         return os.fspath(value) if isinstance(value, os.PathLike) else value
     if section in kinds and get_origin(hint) is not list:
         if not isinstance(value, Mapping):
@@ -169,16 +175,31 @@ def _checked_value(value: Any, hint: Any, path: str, keys: Sequence[str]) -> Any
     return elements
 
 
-def _made(value: Any, hint: Any) -> Any:
-    """The dataclasses that namespaces stand for, made here so that their own messages come as they are."""
+def _too_large(value: Any) -> bool:
+    """Whether it is, as YAML or on the command line, a whole number that no float can be, or a list with one."""
+    if isinstance(value, list | tuple):
+        return any(map(_too_large, value))
+    if isinstance(value, str):
+        return value.strip("+- ").isdecimal() and len(value.strip("+-0 ")) > sys.float_info.max_10_exp
+    return isinstance(value, int) and abs(value) > sys.float_info.max
+
+
+def _made(value: Any, hint: Any, path: str) -> Any:
+    """The dataclasses that namespaces stand for, made here so that their own messages come with no more than a path."""
     section = _section_in(hint)
     if section is not None and isinstance(value, list):
-        return [_made(element, section) for element in value]
+        return [_made(element, section, f"{path}[{i}]") for i, element in enumerate(value)]
     if section is None or not isinstance(value, Namespace):
         return value
-    return section(
-        **{name: _made(value[name], kind) for name, kind in get_type_hints(section).items() if name in value}
-    )
+    inner = {
+        name: _made(value[name], kind, f"{path}.{name}" if path else name)
+        for name, kind in get_type_hints(section).items()
+        if name in value
+    }
+    try:
+        return section(**inner)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path else str(error)) from error
 
 
 def _merged(old: Any, new: Any) -> Any:
@@ -211,12 +232,36 @@ class _Loader(yaml.SafeLoader):
 
 def _load_yaml(stream: str | IO[bytes], source: str) -> Any:
     try:
-        return yaml.load(stream, Loader=_Loader)
+        loaded = yaml.load(stream, Loader=_Loader)
+        _check_size(loaded, itertools.count())
     except yaml.YAMLError as error:
         raise ValueError(f"expected YAML from {source}: {' '.join(str(error).split())}") from error
+    # what PyYAML's constructors raise for a value that is not of its tag: `!!bool maybe`
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(f"expected YAML of plain values from {source}: {error}") from error
+    return loaded
 
 
-def _load_file(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
+def _check_size(value: Any, seen: Iterator[int], within: tuple[int, ...] = ()) -> None:
+    """Refuse what would fill the memory as soon as it is written out: a few lines of aliases can stand for billions."""
+    if next(seen) > LARGEST or len(within) > DEEPEST:
+        raise ValueError(f"it has more than {LARGEST} values, or is nested more than {DEEPEST} deep")
+    if id(value) in within:
+        return  # a list or mapping in itself, which Python writes as `...`
+    parts: Iterable[Any] = value if isinstance(value, list | tuple | set) else ()
+    if isinstance(value, Mapping):
+        parts = itertools.chain.from_iterable(value.items())
+    for part in parts:
+        _check_size(part, seen, (*within, id(value)))
+
+
+def load_file(path: str | os.PathLike[str]) -> Mapping[Any, Any]:
+    """The settings in a YAML file, unchecked.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not YAML, or no mapping.
+    """
     name = os.fspath(path)
     if not os.path.isfile(name):
         raise FileNotFoundError(f"expected a config file, got {name}, no such file")

@@ -64,6 +64,7 @@ from entropy_pl.policy import (
     trainable_parameters,
 )
 from entropy_pl.policy_gradient import PolicyGradient, TrainingBatch, sum_gradients
+from entropy_pl.progress import parts_shown
 from entropy_pl.rollout import TokenStats
 from entropy_pl.strategies import holds_whole_policy
 
@@ -118,7 +119,7 @@ class GRPOModule(LightningModule):
         kl_cov_fraction: KL-Cov (same paper): the share of tokens with the largest covariance that pays for leaving the
             policy that sampled, unclipped; 0 switches it off, the paper's is 0.002. It costs one more pass, and without
             a second update per rollout it changes nothing.
-        kl_cov_coefficient: their price, per nat of |log(π/π_old)|.
+        kl_cov_coefficient: their price, per nat of `|log(π/π_old)|`.
         updates_per_rollout: optimizer steps on each rollout.
         max_batch_tokens: padded tokens per forward pass in training; bounds memory, does not change the result (but for
             dropout's masks). None bounds the logits' memory.
@@ -264,7 +265,8 @@ class GRPOModule(LightningModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One rollout and the optimizer steps on it."""
-        with isolated_rng(self._rollout_seed()), self._local_gradients():
+        shown = getattr(self.trainer.progress_bar_callback, "is_enabled", False)
+        with isolated_rng(self._rollout_seed()), self._local_gradients(), parts_shown(shown):
             training_batch = self._collect(batch)
             self._count_idle(training_batch is None)
             if training_batch is not None:
@@ -466,7 +468,7 @@ class GRPOModule(LightningModule):
         """Check that every trainable parameter is there.
 
         Raises:
-            ValueError: if the checkpoint is of another policy, or of other LoRA settings.
+            ValueError: if the checkpoint is of another policy, or of other LoRA settings: other names or shapes.
         """
         self.configure_model()  # `load_from_checkpoint` comes here first
         saved, wanted = set(checkpoint["state_dict"]), set(self._trainable_keys())
@@ -476,6 +478,13 @@ class GRPOModule(LightningModule):
                 f"{len(wanted - saved)} of them and has {len(saved - wanted)} others, e.g. {min(saved ^ wanted)}: "
                 "resume with the policy and LoRA settings it was saved with"
             )
+        current = {f"model.{name}": parameter for name, parameter in trainable_parameters(self.model).items()}
+        for key, value in checkpoint["state_dict"].items():
+            if value.shape != current[key].shape:
+                raise ValueError(
+                    f"expected a checkpoint of parameters in the policy's shapes, got {list(value.shape)} instead of "
+                    f"{list(current[key].shape)} for {key}: resume with the policy and LoRA settings it was saved with"
+                )
         self._restored = checkpoint["state_dict"]
         self.rollouts_done = checkpoint["rollouts_done"]
 

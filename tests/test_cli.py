@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import logging
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from commands import CONFIGS, ROWS, screen_rows, short_fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import build_model
 
 from entropy_pl.cli import main
+from entropy_pl.policy import LoraSettings
+from entropy_pl.policy.adapter import attach_lora, trainable_parameters
 from entropy_pl.reporting import read_records
 from entropy_pl.version import __version__
-
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @pytest.fixture
 def short_run(tiny_policy_dir, tmp_path, monkeypatch) -> list[str]:
     """The quickstart, cut down to two steps of a tiny policy."""
     monkeypatch.setattr(logging, "raiseExceptions", False)  # Lightning's log handler outlives a test's captured stderr
-    return [
-        "fit",
-        f"--config={CONFIGS / 'quickstart.yaml'}",
-        f"--model.policy.name={tiny_policy_dir}",
-        "--model.num_generations=2",
-        "--model.max_new_tokens=6",
-        "--data.batch_size=2",
-        "--probe.every_n_steps=1",
-        "--probe.num_sequences=8",
-        "--trainer.max_steps=2",
-        f"--trainer.logger.init_args.save_dir={tmp_path}",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.enable_checkpointing=false",
-    ]
+    return short_fit(tiny_policy_dir, tmp_path)
 
 
 def shown_by(capsys, *words: str, status: int) -> str:
@@ -45,13 +37,17 @@ def shown_by(capsys, *words: str, status: int) -> str:
 
 
 def test_fit_trains_probes_and_says_where_things_are(short_run, tmp_path, capsys):
-    # a reward that a random policy earns at times, so that steps are taken
-    main([*short_run, "--model.kl_coefficient=0.1", "--trainer.max_steps=2"])
-    out = capsys.readouterr().out
+    main(short_run)
+    out, error = capsys.readouterr()
+    assert "\r" not in out  # nobody is looking: no bar
+    assert not re.search(r"Epoch|entropy probe, step|pass/s", out + error)
     run = tmp_path / "quickstart/version_0"
     assert str(run / "entropy_probe/delta_entropy.png") in out
     assert f"tensorboard --logdir {tmp_path / 'quickstart'}" in out
     assert [r["step"] for r in read_records(run / "entropy_probe/records.jsonl")] == [0, 1]
+    [checkpoint] = run.glob("checkpoints/*.ckpt")
+    for line in (f"config   {run / 'config.yaml'}", f"saved    {checkpoint}"):
+        assert line in out.splitlines()
     assert "every_n_steps: 1" in (run / "config.yaml").read_text()  # the run can be made again from its folder
 
 
@@ -78,7 +74,7 @@ def test_every_config_is_valid_and_documented(name, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "expected a command out of fit, measure, study, got none"),
+        ([], "expected a command out of fit, measure, study, report, got none"),
         (["mesure"], "got 'mesure'; did you mean 'measure'?"),
         (["study"], "expected a study out of linear-regime, variance, convergence, got ''"),
         (["study", "variants"], "got 'variants'; did you mean 'variance'?"),
@@ -128,6 +124,28 @@ def test_help_says_what_each_key_means(capsys):
         assert words in out
 
 
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory) -> dict[str, Path]:
+    """Files and folders that are not what a newcomer takes them for, by the names they have in the table below."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    found = {name: folder / name.lower() for name in ("EMPTY_DATA", "BAD_DATA", "NO_TOKENIZER", "NOTHING")}
+    for path in found.values():
+        path.mkdir()
+    for split in ("train", "test"):
+        (found["EMPTY_DATA"] / f"{split}.jsonl").touch()
+        (found["BAD_DATA"] / f"{split}.jsonl").write_text("{question\n")
+    build_model().save_pretrained(found["NO_TOKENIZER"])
+    found["A_FILE"], found["BAD_YAML"] = folder / "a_file", folder / "bad.yaml"
+    for name in ("A_FILE", "BAD_YAML"):
+        found[name].write_text("a: [1, 2\nb: {")
+    found["OTHER_SHAPES"] = folder / "other.ckpt"
+    with torch.random.fork_rng():
+        model = attach_lora(build_model(hidden_size=16), LoraSettings(rank=8, alpha=16))
+    state = {f"model.{name}": parameter for name, parameter in trainable_parameters(model).items()}
+    torch.save({"state_dict": state, "rollouts_done": 0, "pytorch-lightning_version": "2.5.0"}, found["OTHER_SHAPES"])
+    return found
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -143,18 +161,57 @@ def test_help_says_what_each_key_means(capsys):
         (["--probe.weighting=token"], "probe.weighting: expected one of prefix, sequence, got token"),
         (["--model.rewards=[formats]"], "format"),
         (["--model.policy.name=foo/bar"], "expected foo/bar"),
+        (["--model.policy.name=./nowhere"], "got './nowhere': there is no such folder"),
+        (["--model.policy.name=A_FILE"], "there is no such folder"),
+        (["--model.policy.name=NOTHING"], "found no config.json"),
+        (["--model.policy.name=NO_TOKENIZER"], "Save it there with tokenizer.save_pretrained"),
+        (["--model.policy.device_map=cuda"], "leave device_map out, or install a PyTorch with CUDA"),
+        (["--model.max_new_tokens=1000"], "shorten the prompt or lower max_new_tokens"),
+        (["--model.optimizer.init_args.lr=fast"], "model.optimizer.init_args.lr: expected float or Tensor, got fast"),
+        (["--model.optimizer.init_args.lrr=1"], "unknown key 'model.optimizer.init_args.lrr': AdamW has no such"),
+        (["--model.optimizer=Adamm"], "model.optimizer: expected the name or path of a class, got Adamm"),
+        (["--model.optimizer=torch.optim.Adamm"], "model.optimizer: expected the name or path of a class, got torch"),
+        (["--data.dataset=gsm8k_r1_template", "--data.dataset_path=/no/such"], "got /no/such, no such folder"),
+        (["--data.dataset=gsm8k_r1_template", "--data.dataset_path=EMPTY_DATA"], "test.jsonl, got an empty file"),
+        (["--data.dataset=gsm8k_r1_template", "--data.dataset_path=BAD_DATA"], "test.jsonl, got JSON parse error"),
+        (["--probe.output_directory=A_FILE"], "expected a folder for the probe's records that can be written to"),
+        (["--trainer.max_steps=many"], "trainer.max_steps: expected int, got many"),
+        (["--trainer.precision=fp16"], "32-true, 64-true, bf16, got fp16"),
+        (["--trainer.logger=TensorbordLogger"], "trainer.logger: expected the name or path of a class"),
+        (["--trainer.logger.init_args.savedir=x"], "'trainer.logger.init_args.savedir': TensorBoardLogger has no such"),
+        (["--trainer.logger=WandbLogger"], "WandbLogger needs a package that is not installed: pip install 'wandb"),
+        (["--trainer.logger.init_args.save_dir=A_FILE"], "Set the logger's save_dir"),
+        (["--trainer.accelerator=cuda"], "Set it to cpu, or to auto"),
+        (
+            ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=x"],
+            "trainer.callbacks.init_args.every_n_train_steps: expected int or null, got x",
+        ),
+        (["--ckpt_path=no.ckpt"], "expected a checkpoint at no.ckpt, and there is no such file: check --ckpt_path"),
+        (["--ckpt_path=BAD_YAML"], "which is damaged or of another format"),
+        (["--ckpt_path=OTHER_SHAPES"], "resume with the policy and LoRA settings it was saved with"),
+        (["--config=no.yaml"], "expected a config file, got no.yaml, no such file"),
+        (["--config=BAD_YAML"], "expected YAML from"),
+        (["quickstart.yaml"], "unrecognized arguments: quickstart.yaml"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_words_are_answered_on_one_screen(short_run, capsys, words, message):
-    out = shown_by(capsys, *short_run, *words, status=2)
-    assert message in out
-    assert "Traceback" not in out
-    assert len(out.splitlines()) < 20
+def test_bad_words_are_answered_on_one_screen(short_run, capsys, words, message, mistakes):
+    if ("WandbLogger" in words[0] and find_spec("wandb")) or ("cuda" in words[0] and torch.cuda.is_available()):
+        pytest.skip("no mistake on this machine")
+    option, _, value = words[-1].partition("=")
+    file = mistakes.get(value)
+    given = words if file is None else [*words[:-1], f"{option}={file}"]
+    out = shown_by(capsys, *short_run, *given, status=2)
+    said = out[out.index("entropy-pl: error: ") :]
+    assert message in said
+    assert "Traceback" not in said
+    assert screen_rows(said) <= ROWS
+    assert file is None or file.name in said or value == "OTHER_SHAPES"  # which file it is
 
 
 def test_a_callback_of_the_users_own_is_kept(short_run, tmp_path):
     """Lightning accepts a single callback as well as a list of them."""
-    main([*short_run, "--trainer.callbacks=LearningRateMonitor", "--trainer.max_steps=1", "--model.kl_coefficient=0.1"])
+    main([*short_run, "--trainer.callbacks=LearningRateMonitor", "--trainer.max_steps=1"])
     [events] = tmp_path.rglob("events.out.tfevents.*")
     assert any("lr-" in tag for tag in EventAccumulator(str(events)).Reload().Tags()["scalars"])
 

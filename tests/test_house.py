@@ -14,14 +14,14 @@ import entropy_pl
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # the ground floor first
-    ("version", "registry", "config", "config_messages", "peers", "strategies", "rollout", "updates", "data"),
+    ("version", "registry", "config", "config_messages", "peers", "strategies", "progress", "rollout", "updates", "data"),
     ("estimators", "objectives", "policy"),
     ("groups", "policy_gradient", "attribution", "grpo"),
     ("probe",),
     ("reporting",),
     ("callbacks", "configs", "measurements"),
     ("studies",),
-    ("training", "offline", "cli"),
+    ("failures", "training", "offline", "report", "cli"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted([*(ROOT / "entropy_pl").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")])

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from entropy_pl.probe.memory import peak_memory
+from entropy_pl.probe.memory import LESS_MEMORY, peak_memory, what_happened
 
 MIB = 2**20
 
@@ -34,3 +34,20 @@ def test_an_error_leaves_no_thread_behind():
     with pytest.raises(KeyError), peak_memory(torch.device("cpu")):
         raise KeyError
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "wanting"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory of this"), False),
+    ],
+)
+def test_a_want_of_memory_is_answered(error, wanting):
+    said = what_happened(error)
+    assert said.startswith(f"{type(error).__name__}: {error}")
+    assert said.endswith(LESS_MEMORY) == wanting

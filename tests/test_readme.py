@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +9,10 @@ import torch
 from datasets import Dataset
 from lightning.pytorch import LightningModule
 from peft import LoraConfig
+from printed import blocks, lines_of
 from tiny import build_model, build_tokenizer
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+BLOCKS = blocks("README.md")
 PROMPTS = [f"{a}+{b}=" for a in range(16) for b in range(16)]
 
 
@@ -31,10 +29,6 @@ class Run(LightningModule):
 
     def train_dataloader(self) -> Any:
         return torch.utils.data.DataLoader(torch.randint(4, 40, (400, 8)), batch_size=4)
-
-
-def lines_of(block: str) -> list[str]:
-    return [line for line in block.splitlines() if line.strip()]
 
 
 def test_attaching_to_lightning_takes_ten_lines(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from entropy_pl import Rollout, TokenStats
+from entropy_pl.rollout import prompt_clusters
 
 
 def tensors(**changes: object) -> dict[str, Tensor]:
@@ -122,3 +123,12 @@ class TestTokenStats:
         assert not cut.logp.requires_grad
         assert not cut.entropy.requires_grad
         assert torch.equal(cut.logp, stats.logp)
+
+
+def test_prompts_are_the_same_by_their_tokens_and_not_by_their_padding():
+    ids = torch.tensor([[7, 5, 6], [9, 5, 6], [7, 5, 6], [4, 4, 4]])
+    mask = torch.tensor([[0, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]]).bool()
+    completion = torch.ones(4, 1, dtype=torch.long)
+    clusters = prompt_clusters(Rollout(ids, mask, completion, completion.bool())).tolist()
+    assert clusters[0] == clusters[1]
+    assert len(set(clusters)) == 3

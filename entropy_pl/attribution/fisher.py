@@ -81,7 +81,15 @@ def fisher_kernel_cost(
     preconditioner: Direction | None = None,
     max_bytes: int = DEFAULT_BYTES,
 ) -> KernelCost:
-    """What :func:`fisher_kernel` will take, with its arguments and errors."""
+    """What :func:`fisher_kernel` will take, with its arguments and errors.
+
+    Args:
+        model: as for :func:`fisher_kernel`.
+        rollout_a: the rows' sequences.
+        rollout_b: the columns' sequences.
+        preconditioner: by parameter name; None takes all trainable parameters.
+        max_bytes: the most that a block of gradients may take.
+    """
     parameters = dict(model.named_parameters())
     names = list(trainable_parameters(model) if preconditioner is None else preconditioner)
     return kernel_cost(

@@ -1,7 +1,7 @@
 """Every component of a step, and every token behind its gradient, with what it did to the entropy, in two passes.
 
 With v the step per unit η, P its preconditioner and c the factor of clipping by norm, one backward pass over E gives
-∇Ĥ, and one derivative of U's log-probs along q = P∘∇Ĥ all tokens at once (DESIGN §1):
+∇Ĥ, and one derivative of U's log-probs along q = P∘∇Ĥ all tokens at once (docs/theory.md, §11):
 
     δH_uk = −c ∂L/∂log π(t_uk) ⟨P∘∇Ĥ, ∇log π(t_uk)⟩ = −c ∂L/∂log π(t_uk) ṡ_uk(q)        per unit η.
 

@@ -146,7 +146,15 @@ def influence_matrix(
 def influence_matrix_cost(
     model: nn.Module, rows_e: int, rows_u: int, update: UpdateVector, *, max_bytes: int = DEFAULT_BYTES
 ) -> KernelCost:
-    """What :func:`influence_matrix` will take for so many completions of E and of U; its error of ``max_bytes``."""
+    """What :func:`influence_matrix` will take for so many completions of E and of U; its error of ``max_bytes``.
+
+    Args:
+        model: as for :func:`influence_matrix`.
+        rows_e: completions of E.
+        rows_u: completions of U.
+        update: v, for the parameters it moves.
+        max_bytes: the most that a block of gradients may take.
+    """
     parameters = dict(model.named_parameters())
     held = [parameters[name] for name in update.direction]
     itemsize = max(4, *(parameter.element_size() for parameter in held))

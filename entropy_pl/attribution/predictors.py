@@ -41,6 +41,9 @@ def compare_predictors(
         batch: its whole U-batch, with advantages and, where it has them, weights and old log-probs.
         clusters: prompt of each completion of U, ``[N_U]``.
 
+    Returns:
+        The comparison by theory, `cui` and `steer`.
+
     Raises:
         ValueError: if the batch has no advantages.
     """

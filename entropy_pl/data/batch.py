@@ -10,7 +10,12 @@ import torch
 
 @dataclass  # not frozen: Lightning's half precision plugin rebuilds batches field by field
 class PromptBatch:
-    """Formatted prompts with their reference answers, one answer per prompt."""
+    """Formatted prompts with their reference answers, one answer per prompt.
+
+    Args:
+        prompts: formatted, ready for the tokenizer.
+        answers: the reference answer of each.
+    """
 
     prompts: list[str]
     answers: list[str]

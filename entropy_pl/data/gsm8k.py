@@ -29,7 +29,8 @@ def load_gsm8k(split: str, *, path: str | None, size: int | None, seed: int) -> 
     Raises:
         FileNotFoundError: if the folder or its ``{split}.jsonl`` is missing.
         ConnectionError: if the hub cannot be reached.
-        ValueError: if a row has no ``question`` and ``answer``, or an answer is not a number.
+        ValueError: if a file is empty or not JSON lines, a row has no ``question`` and ``answer``, or an answer is
+            not a number.
     """
     rows = _hub_rows(split) if path is None else _folder_rows(Path(path).expanduser(), split)
     missing = [column for column in COLUMNS if column not in rows.column_names]
@@ -54,6 +55,7 @@ def _hub_rows(split: str) -> Any:
 
 def _folder_rows(folder: Path, split: str) -> Any:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     file = folder / f"{split}.jsonl"
     if not folder.is_dir():
@@ -61,7 +63,14 @@ def _folder_rows(folder: Path, split: str) -> Any:
     if not file.is_file():
         there = sorted(other.name for other in folder.iterdir())
         raise FileNotFoundError(f"expected {file.name} in {folder}, found {there}")
-    return load_dataset("json", data_files={split: str(file)}, split=split)
+    if not file.stat().st_size:
+        raise ValueError(f"expected a question and an answer per line in {file}, got an empty file")
+    try:
+        return load_dataset("json", data_files={split: str(file)}, split=split)
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"expected JSON lines with a question and an answer in {file}, got {error.__cause__ or error}"
+        ) from error
 
 
 def _example(row: Mapping[str, Any], index: int) -> PromptExample:

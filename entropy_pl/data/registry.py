@@ -21,7 +21,12 @@ R1_TEMPLATE = "Question: {question}\nResponse: <think>"
 
 @dataclass(frozen=True)
 class PromptExample:
-    """A question and its reference answer, both as text."""
+    """A question and its reference answer, both as text.
+
+    Args:
+        question: what stands in the template's place of ``{question}``.
+        answer: what rewards compare a completion with.
+    """
 
     question: str
     answer: str
@@ -36,7 +41,13 @@ class DatasetLoader(Protocol):
 
 @dataclass(frozen=True)
 class PromptDataset:
-    """A registered dataset: its name, its loader and its default prompt template."""
+    """A registered dataset: its name, its loader and its default prompt template.
+
+    Args:
+        name: what configs call it.
+        load: reads a split (:class:`~entropy_pl.data.registry.DatasetLoader`).
+        template: default prompt template; contains ``{question}``.
+    """
 
     name: str
     load: DatasetLoader
@@ -85,12 +96,19 @@ def register_dataset(name: str, *, template: str) -> Callable[[DatasetLoader], D
 
 
 def available_datasets() -> list[str]:
-    """Registered names, sorted."""
+    """Registered names, sorted.
+
+    Returns:
+        What `get_dataset` and a config's `data.dataset` understand.
+    """
     return _DATASETS.names()
 
 
 def get_dataset(name: str) -> PromptDataset:
     """Look a dataset up.
+
+    Args:
+        name: as registered.
 
     Raises:
         ValueError: if the name is not registered; the message names the nearest one and all there are.

@@ -8,7 +8,7 @@ from entropy_pl.estimators.derivatives import (
     second_order_delta_entropy,
 )
 from entropy_pl.estimators.differences import low_variance_delta_entropy, symmetric_difference
-from entropy_pl.estimators.estimate import EntropyChange, linear_combination
+from entropy_pl.estimators.estimate import EntropyChange, linear_combination, make_estimate
 from entropy_pl.estimators.fits import PowerLaw, fit_power_law, linear_coefficient
 from entropy_pl.estimators.jackknife import jackknife_standard_error
 from entropy_pl.estimators.predictors import Agreement, agreement, covariance_prediction, steer_prediction
@@ -39,6 +39,7 @@ __all__ = [
     "linear_coefficient",
     "linear_combination",
     "low_variance_delta_entropy",
+    "make_estimate",
     "ratio",
     "reward_baseline",
     "reward_estimate",

@@ -20,6 +20,7 @@ from entropy_pl.estimators.snis import Clusters, Integrand, Normalize, Weighting
 from entropy_pl.rollout import TokenStats
 
 Baseline = Literal["none", "position", "critic", "gae"]
+"""What is subtracted from the score term: see :func:`score_baseline`."""
 
 
 def score_baseline(
@@ -69,6 +70,9 @@ def score_baseline(
 
     Returns:
         ``[N, T]`` in nats, float64, zero where the mask is False; None for ``none``.
+
+    Source:
+        docs/theory.md, §9; `gae` after Schulman et al. 2016 (arXiv 1506.02438).
 
     Raises:
         ValueError: for an unknown kind or option, features that are missing, not finite or of another number of rows,

@@ -44,6 +44,12 @@ def first_order_delta_entropy(
         clusters: prompt of each sequence, ``[N]``, where prompts repeat.
         confidence: of the interval.
 
+    Returns:
+        The slope in nats per unit η, with standard error and influences.
+
+    Source:
+        docs/theory.md, §4; with a baseline, §9.
+
     Raises:
         ValueError: as :func:`entropy_pl.estimators.snis_delta_entropy`, or for a baseline of another shape.
     """
@@ -75,6 +81,9 @@ def first_order_coefficients(
 
     Returns:
         a (``logp``, nats) and b (``entropy``, a number), ``[N, T]``, float64, zero where the mask is False.
+
+    Source:
+        docs/theory.md, §11.
 
     Raises:
         ValueError: as :func:`first_order_delta_entropy`.
@@ -114,6 +123,12 @@ def second_order_delta_entropy(
         clusters: prompt of each sequence, ``[N]``, where prompts repeat.
         confidence: of the interval.
 
+    Returns:
+        The curvature in nats per unit η², with standard error and influences.
+
+    Source:
+        docs/theory.md, §5.
+
     Raises:
         ValueError: as :func:`first_order_delta_entropy`.
     """
@@ -132,7 +147,7 @@ def score_return(
 ) -> Tensor:
     """What the first order multiplies ṡ_ik by, before any baseline: all that token k's probability can change.
 
-    With ĥ = ΣH/ΣT for ``per_token`` and ĥ = 0 for ``per_sequence`` (DESIGN §1, the closed forms):
+    With ĥ = ΣH/ΣT for ``per_token`` and ĥ = 0 for ``per_sequence``:
 
         prefix, rao_blackwell:  Σ_{j>k} m_ij (h_ij − ĥ)
         prefix, surprisal:      Σ_{j≥k} m_ij (−s_ij) − ĥ Σ_{j>k} m_ij
@@ -146,6 +161,9 @@ def score_return(
 
     Returns:
         ``[N, T]`` in nats, float64, zero where the mask is False.
+
+    Source:
+        docs/theory.md, §4, C_{i,k+1} and the surprisal's variant of it.
 
     Raises:
         ValueError: for an unknown option, or statistics no estimate can be made of.

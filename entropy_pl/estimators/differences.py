@@ -19,7 +19,7 @@ def low_variance_delta_entropy(
 ) -> EntropyChange:
     """ΔH(η) with its first order exchanged for a less noisy one: ΔH(η) − η·δH₁(matched) + η·δH₁(low variance).
 
-    ΔH(η) and the matched δH₁ share their noise, so what stays of it is the curvature's (DESIGN §1, "Less variance").
+    ΔH(η) and the matched δH₁ share their noise, so what stays of it is the curvature's.
     No further model pass; unbiased as far as both first orders are.
 
     Args:
@@ -32,6 +32,9 @@ def low_variance_delta_entropy(
 
     Returns:
         ΔH(η) in nats; the health of the weights is ``true``'s, derivatives having none.
+
+    Source:
+        docs/theory.md, §9.
 
     Raises:
         ValueError: for estimates of different batches, as :func:`entropy_pl.estimators.linear_combination`.
@@ -59,6 +62,9 @@ def symmetric_difference(
     Returns:
         The odd part [ΔH(η) − ΔH(−η)]/2η = ⟨∇H, v⟩ + O(η²), per unit η, and the even part
         [ΔH(η) + ΔH(−η)]/η² = v'∇²H v + O(η²), per unit η².
+
+    Source:
+        docs/theory.md, §7.
 
     Raises:
         ValueError: for η that is not positive and finite, or estimates of different batches.

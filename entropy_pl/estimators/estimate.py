@@ -12,6 +12,12 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+TRUSTED_ESS = 0.5
+"""Share of the sequences below which an effective sample size makes an importance-sampled estimate untrustworthy.
+
+Particle filters resample at the same share. What it is worth here, against exact answers, is in docs/reliability.md,
+"When the importance weights collapse"."""
+
 
 @dataclass(frozen=True, eq=False)
 class EntropyChange:
@@ -45,6 +51,15 @@ class EntropyChange:
     n_tokens: int
     influence: Tensor
 
+    @property
+    def trustworthy(self) -> bool:
+        """Whether value and interval may be believed: ``ess_min`` is at least half the sequences.
+
+        Below that the intervals hold the truth too seldom. It is a necessary condition, judged by the weights that were
+        drawn: heavy ones that were not drawn are missing from the ESS as well. Derivatives have no weights, and pass.
+        """
+        return self.ess_min >= TRUSTED_ESS * self.n_sequences
+
     def scaled(self, factor: float) -> EntropyChange:
         """The same estimate times a number: δH₁(η) from δH₁ per unit η."""
         low, high = sorted((self.ci_low * factor, self.ci_high * factor))
@@ -64,8 +79,9 @@ class EntropyChange:
         return replace(self, stderr=stderr, ci_low=low, ci_high=high)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field but the influences, as plain numbers."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "influence"}
+        """Every field but the influences, as plain numbers, and ``trustworthy``."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "influence"}
+        return plain | {"trustworthy": self.trustworthy}
 
     def __str__(self) -> str:
         return f"{self.value:.4g} ± {self.stderr:.2g}"
@@ -110,7 +126,8 @@ def covariance(
     count = sums.shape[1]
     if count < 2:
         raise ValueError(
-            f"expected at least 2 {'sequences' if clusters is None else 'clusters'} for an error bar, got {count}"
+            f"expected at least 2 {'sequences' if clusters is None else 'clusters'} for an error bar, got {count}: "
+            + ("draw more completions" if clusters is None else "completions of one prompt are one cluster, take more")
         )
     return count / (count - 1) * (sums @ sums.T) / psi.shape[1] ** 2, count
 
@@ -147,6 +164,25 @@ def make_estimate(
 ) -> EntropyChange:
     """Put the error bar on a value: standard error and Student's t interval from its influences.
 
+    For an estimator of one's own: see docs/extending.md.
+
+    Args:
+        value: the estimate, a scalar, nats or whatever it is in.
+        influence: ψ_i, ``[N]``, mean zero, the unit of ``value``: what sequence i adds to N times the estimate's error.
+        clusters: prompt of each sequence, ``[N]``, where prompts repeat; None: every sequence is its own.
+        confidence: of the interval.
+        mask: m_ik, ``[N, T]``, for the count of tokens.
+        ess: effective sample size of the full-sequence weights; None: N, there are no weights.
+        ess_min: its minimum over positions; likewise.
+        max_abs_log_weight: the largest absolute log weight in use.
+        clip_fraction: share of the weights that were clipped.
+
+    Returns:
+        The estimate with standard error, interval and influences.
+
+    Source:
+        docs/theory.md, §3.
+
     Raises:
         ValueError: if ``confidence`` is not between 0 and 1, or the clusters are too few.
     """
@@ -176,6 +212,9 @@ def linear_combination(
     Returns:
         The combination in the unit of c·estimate; of weights' health and token counts the worst among the terms
         (smallest ``ess``, ``ess_min`` and ``n_tokens``, largest ``max_abs_log_weight`` and ``clip_fraction``).
+
+    Source:
+        docs/theory.md, §3.
 
     Raises:
         ValueError: for no term at all, terms of different numbers of sequences, or as :func:`standard_error`.

@@ -18,8 +18,8 @@ class PowerLaw:
 
     Args:
         slope: exponent; 1 in the linear regime.
-        intercept: log₁₀ of |coefficient|.
-        r_squared: squared correlation of log₁₀ |ΔH| and log₁₀ η.
+        intercept: log₁₀ of ``|coefficient|``.
+        r_squared: squared correlation of ``log₁₀ |ΔH|`` and log₁₀ η.
         n_points: points the line went through.
         coefficient: 10^intercept with ΔH's sign, nats per unit η^slope.
         n_left_out: points that have no place on it: zero, not finite, η ≤ 0, or of the other sign.
@@ -34,7 +34,7 @@ class PowerLaw:
 
 
 def fit_power_law(etas: Sequence[float], changes: Sequence[float]) -> PowerLaw | None:
-    """The straight line through log₁₀ |ΔH| over log₁₀ η, by least squares.
+    """The straight line through ``log₁₀ |ΔH|`` over log₁₀ η, by least squares.
 
     A power law has one sign: the one most changes at η > 0 have (a tie: that of the smallest η). Points of the other
     sign, zeros, numbers that are not finite and η ≤ 0 are left out, and counted in ``n_left_out``: a count above
@@ -46,6 +46,9 @@ def fit_power_law(etas: Sequence[float], changes: Sequence[float]) -> PowerLaw |
 
     Returns:
         The fit; None where fewer than 3 different η are left.
+
+    Source:
+        docs/theory.md, §7.
 
     Raises:
         ValueError: if ``etas`` and ``changes`` differ in length.
@@ -88,6 +91,9 @@ def linear_coefficient(
 
     Returns:
         a, nats per unit η.
+
+    Source:
+        docs/theory.md, §7.
 
     Raises:
         ValueError: for lengths that differ, weights that are not positive, or fewer than 2 different η > 0.

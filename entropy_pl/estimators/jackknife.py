@@ -34,6 +34,9 @@ def jackknife_standard_error(
     Returns:
         The standard error, in the estimate's unit.
 
+    Source:
+        docs/theory.md, §3; groups of unequal size after Busing, Meijer & van der Leeden 1999.
+
     Raises:
         ValueError: for fewer than 2 clusters or groups, or clusters of another length.
     """

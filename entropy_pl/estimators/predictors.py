@@ -37,6 +37,9 @@ def covariance_prediction(logp: Tensor, advantages: Tensor, mask: Tensor, weight
     Returns:
         ``[N, T]``, float64, zero where the mask is False.
 
+    Source:
+        Cui et al. 2025, arXiv 2505.22617.
+
     Raises:
         ValueError: for shapes that disagree, or no token at all.
     """
@@ -70,6 +73,9 @@ def steer_prediction(
 
     Returns:
         ``[N, T]``, float64, zero where the mask is False.
+
+    Source:
+        arXiv 2510.10150.
 
     Raises:
         ValueError: for shapes that disagree, or no token at all.
@@ -135,6 +141,12 @@ def agreement(
         clusters: prompt of each sequence, ``[N]``, where prompts repeat.
         groups: of prompts to leave out in turn; at most one per prompt is used.
         confidence: of the intervals.
+
+    Returns:
+        Correlations, which have no unit, with their error bars, and the share of agreement in sign.
+
+    Source:
+        Pearson's and Spearman's coefficients by their definitions; the error bars, docs/theory.md, §3.
 
     Raises:
         ValueError: for shapes that disagree, no token at all, numbers that are not finite, fewer than 2 groups, or a

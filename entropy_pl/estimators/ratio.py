@@ -55,6 +55,12 @@ def ratio(
         clusters: prompt of each sequence, ``[N]``, where prompts repeat.
         confidence: of the interval.
 
+    Returns:
+        The quotient, in the unit of a per unit of b: nats per unit of reward, for ΔH/ΔJ.
+
+    Source:
+        docs/theory.md, §11, "Reward"; the interval after Fieller 1954.
+
     Raises:
         ValueError: for estimates of different batches, a confidence outside (0, 1), or fewer than two clusters.
     """

@@ -36,6 +36,9 @@ def reward_estimate(
     Returns:
         J in the unit of the reward.
 
+    Source:
+        docs/theory.md, §11, "Reward".
+
     Raises:
         ValueError: for rewards that are not finite, the answer being unknown, or of another shape than ``[N]``; or for
             statistics no estimate can be made of, as :func:`entropy_pl.estimators.snis_delta_entropy`.
@@ -67,6 +70,9 @@ def snis_delta_reward(
 
     Returns:
         The change in the unit of the reward.
+
+    Source:
+        docs/theory.md, §11, "Reward".
 
     Raises:
         ValueError: as :func:`reward_estimate` and :func:`entropy_pl.estimators.snis_delta_entropy`.
@@ -119,6 +125,9 @@ def first_order_delta_reward(
     Returns:
         The slope in the unit of the reward per unit η.
 
+    Source:
+        docs/theory.md, §11, "Reward".
+
     Raises:
         ValueError: as :func:`reward_estimate` and :func:`entropy_pl.estimators.first_order_delta_entropy`.
     """
@@ -162,6 +171,9 @@ def reward_baseline(
     Returns:
         ``[N, T]`` in the unit of the reward, float64, zero where the mask is False; None for ``none``.
 
+    Source:
+        docs/theory.md, §9 and §11.
+
     Raises:
         ValueError: as :func:`reward_estimate` and :func:`entropy_pl.estimators.score_baseline`.
     """
@@ -202,8 +214,7 @@ def _with_integrand(stats: TokenStats, x: Tensor) -> TokenStats:
     """
     mask = stats.mask.clone()
     mask[:, 0] = True
-    integrand = torch.zeros(mask.shape, dtype=x.dtype, device=x.device)
-    integrand[:, 0] = x
+    integrand = torch.nn.functional.pad(x[:, None], (0, mask.shape[1] - 1))
     return TokenStats(torch.where(stats.mask, stats.logp.detach().double(), 0.0), integrand, mask)
 
 

@@ -68,8 +68,8 @@ class Measure:
     def reduce(self, base_logp: Tensor, logp: Tensor, entropy: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Entropy at θ+ηv from completions drawn at θ, with the influence of every sequence.
 
-        Ĥ = Σ_k [Σ_i w_ik m_ik h_ik(η) / Σ_i w_ik], T̂ likewise of m_ik, ψ_i by the quotient rule (DESIGN: the
-        per-decision and the classical self-normalized estimators are one formula under two weightings). Pure and
+        Ĥ = Σ_k [Σ_i w_ik m_ik h_ik(η) / Σ_i w_ik], T̂ likewise of m_ik, ψ_i by the quotient rule: the
+        per-decision and the classical self-normalized estimators are one formula under two weightings. Pure and
         differentiable in ``logp`` and ``entropy``.
 
         Args:
@@ -117,6 +117,9 @@ def snis_delta_entropy(
     Returns:
         The change in nats, with standard error and influences (base's own subtracted).
 
+    Source:
+        docs/theory.md, §2; the error bar, §3.
+
     Raises:
         ValueError: for shapes or masks that disagree, fewer than two sequences, statistics that are not finite,
             or an unknown option.
@@ -155,6 +158,19 @@ def entropy_estimate(
 ) -> EntropyChange:
     """The entropy H(π_θ) itself, from completions drawn at θ: the reducer with every weight one.
 
+    Args:
+        base: statistics at θ of completions drawn at θ, ``[N, T]``.
+        normalize: ``per_token`` or ``per_sequence``.
+        integrand: ``rao_blackwell`` or ``surprisal``.
+        clusters: prompt of each sequence, ``[N]``, where prompts repeat.
+        confidence: of the interval.
+
+    Returns:
+        The entropy in nats, with standard error and influences.
+
+    Source:
+        docs/theory.md, §1; the error bar, §3.
+
     Raises:
         ValueError: as :func:`snis_delta_entropy`.
     """
@@ -173,9 +189,14 @@ def check_stats(reference: TokenStats, **stats: TokenStats) -> None:
             or numbers that are not finite where the mask is True.
     """
     if len(reference) < 2:
-        raise ValueError(f"expected at least 2 sequences, for an error bar, got {len(reference)}")
+        raise ValueError(
+            f"expected at least 2 sequences, for an error bar, got {len(reference)}: draw more completions"
+        )
     if not reference.mask.any():
-        raise ValueError("expected at least one completion token, got an empty mask: every completion is empty")
+        raise ValueError(
+            "expected at least one completion token, got an empty mask, every completion is empty: a mask is True "
+            "wherever a token was drawn, the first EOS included"
+        )
     for name, stat in stats.items():
         if stat.mask.shape != reference.mask.shape or not torch.equal(stat.mask, reference.mask):
             raise ValueError(

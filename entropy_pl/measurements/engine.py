@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from entropy_pl.config import SettingsParser
 from entropy_pl.data.datamodule import PromptDataModule
@@ -26,6 +25,7 @@ from entropy_pl.measurements.update import MeasuredUpdate, update_from_optimizer
 from entropy_pl.policy import Checkpoint, checkpoint_weights, decode_completions, load_checkpoint
 from entropy_pl.policy.precision import matmul_precision
 from entropy_pl.probe import ProbeResult, ProbeScores, timed
+from entropy_pl.progress import progress
 from entropy_pl.reporting import SCHEMA, DetailedLog, MeasuredBatch, Record, config_hash
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates import UpdateVector
@@ -134,13 +134,7 @@ class EntropyMeasurements:
         seconds: dict[str, float] = {}
         with (
             timed(seconds, "total"),
-            tqdm(
-                desc="entropy measurement",
-                total=self.passes,
-                unit="pass",
-                leave=False,
-                disable=None if progress_bar else True,
-            ) as bar,
+            progress("entropy measurement", self.passes, "pass", shown=progress_bar) as bar,
         ):
 
             def advance(phase: str) -> None:

@@ -389,6 +389,9 @@ class MeasurementSettings:
         detailed_logging: a log of everything that was measured, as far down as single tokens.
         seed: of prompts and completions.
         output_directory: where `results.json`, `config.yaml` and the figure go. None writes none.
+
+    Raises:
+        ValueError: for a negative seed, or sections that contradict each other.
     """
 
     checkpoint: CheckpointSettings

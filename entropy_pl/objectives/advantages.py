@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 AdvantageKind = Literal["mean_std", "mean", "leave_one_out"]
+"""What rewards are compared with, and in which unit: see :func:`group_advantages`."""
 
 
 def group_advantages(rewards: Tensor, group_size: int, kind: AdvantageKind = "mean_std", eps: float = 1e-4) -> Tensor:

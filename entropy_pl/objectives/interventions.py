@@ -72,10 +72,15 @@ INTERVENTIONS: dict[str, Intervention] = {
         "Zhu et al. 2025, arXiv 2506.01347",
     ),
 }
+"""What `counterfactuals` may name, besides the two above."""
 
 
 def counterfactual_names() -> list[str]:
-    """All names :func:`intervened` knows."""
+    """All names :func:`intervened` knows.
+
+    Returns:
+        The interventions' names, then `no_momentum` and `unchanged`.
+    """
     return [*INTERVENTIONS, WITHOUT_MOMENTUM, UNCHANGED]
 
 

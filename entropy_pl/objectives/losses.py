@@ -24,7 +24,10 @@ import torch
 from torch import Tensor
 
 LossType = Literal["grpo", "dr_grpo", "dapo", "bnpo"]
+"""How tokens are weighted: see :func:`token_weights`."""
+
 AdvantageSign = Literal["both", "positive", "negative"]
+"""Whose tokens have a policy-gradient term: those of all completions, or of one sign of the advantage alone."""
 
 OverProcesses = Callable[[Tensor], Tensor]
 """The sum of a tensor over all processes, which hold one of the same shape each and all come here."""
@@ -49,7 +52,7 @@ class LossSettings:
         kl_cov_fraction: KL-Cov (same paper): the share of tokens with the largest covariance is not clipped, and pays
             for leaving the policy that sampled; 0 switches it off. The other tokens stay clipped as the settings say,
             where the paper clips none.
-        kl_cov_coefficient: c, the price per nat of |log ρ|. Its slope at ρ = 1 is taken as 0, so that it acts from
+        kl_cov_coefficient: c, the price per nat of `|log ρ|`. Its slope at ρ = 1 is taken as 0, so that it acts from
             a rollout's second update on.
 
     Raises:
@@ -107,6 +110,8 @@ class LossSettings:
 @dataclass(frozen=True, eq=False)
 class PolicyLoss:
     """Loss of some rows, and sums from which metrics over all rows follow: add them up, then divide by ``num_tokens``.
+
+    Every one is a scalar.
 
     Args:
         loss: scalar, to be differentiated; the rows' part of the whole loss.

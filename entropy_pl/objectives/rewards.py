@@ -20,6 +20,7 @@ from entropy_pl.data.numbers import parse_number
 from entropy_pl.registry import Registry
 
 Reward = Callable[[str, str], float]
+"""From a completion and the reference answer, as text, to a reward in [0, 1]."""
 
 _TAG = r"</?(?:think|answer)>"
 _WELL_FORMED = re.compile(rf"(?:(?!{_TAG}).)*</think>\s*<answer>((?:(?!{_TAG}).)*)</answer>\s*", re.DOTALL)
@@ -30,6 +31,12 @@ _REWARDS: Registry[Reward] = Registry("reward")
 
 def register_reward(name: str) -> Callable[[Reward], Reward]:
     """Make a reward available under a name.
+
+    Args:
+        name: what configs call the reward.
+
+    Returns:
+        A decorator that returns the reward unchanged.
 
     Raises:
         ValueError: if the name is taken by another reward.
@@ -43,12 +50,22 @@ def register_reward(name: str) -> Callable[[Reward], Reward]:
 
 
 def available_rewards() -> list[str]:
-    """Registered names, sorted."""
+    """Registered names, sorted.
+
+    Returns:
+        What `get_reward` and a config's `model.rewards` understand.
+    """
     return _REWARDS.names()
 
 
 def get_reward(name: str) -> Reward:
     """Look a reward up.
+
+    Args:
+        name: as registered.
+
+    Returns:
+        The function ``(completion, answer) -> float`` in [0, 1].
 
     Raises:
         ValueError: if the name is not registered; the message names the nearest one and all there are.

@@ -69,6 +69,11 @@ def resume_adapter(model: PreTrainedModel, folder: str, base_name: str, lora: Lo
         raise ValueError(
             f"expected a LoRA adapter in {path}, got {config.peft_type.value}: prompt learning is not supported"
         )
+    if getattr(config, "megatron_config", None):
+        raise ValueError(
+            f"expected an adapter of plain layers in {path}, got one with megatron_config in its adapter_config.json, "
+            "for which PEFT would import the module that the file names: take the key out if the layers are plain ones"
+        )
     _warn_of_differences(config, path, base_name, lora)
     saved = set(load_peft_weights(str(path), device="cpu"))
     with warnings.catch_warnings():
@@ -122,6 +127,12 @@ def _warn_of_differences(config: PeftConfig, path: Path, base_name: str, lora: L
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that training moves, by their name in ``model.named_parameters()`` (tied ones once).
 
+    Args:
+        model: any module.
+
+    Returns:
+        The parameters with ``requires_grad``, in the model's order.
+
     Raises:
         ValueError: if there are none.
     """
@@ -141,6 +152,9 @@ def reference_policy(model: PreTrainedModel | PeftModel) -> Iterator[PreTrainedM
 
     On leaving, also by an error, every adapter is on or off as before and every ``requires_grad`` has its old value
     (PEFT's own context turns adapters that were frozen on purpose trainable).
+
+    Args:
+        model: a policy with a LoRA adapter.
 
     Yields:
         ``model`` itself.

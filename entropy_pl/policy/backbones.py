@@ -62,7 +62,11 @@ def register_backbone(key: str, source: BackboneSource) -> None:
 
 
 def available_backbones() -> list[str]:
-    """The registered keys, sorted."""
+    """The registered keys, sorted.
+
+    Returns:
+        What `load_policy` and a config's `model.policy.name` understand besides folders and hub names.
+    """
     return sorted(_REGISTRY)
 
 

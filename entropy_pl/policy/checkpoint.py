@@ -12,10 +12,18 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+from entropy_pl.config import SettingsParser
 from entropy_pl.policy.backbones import ModelLocation, locate_backbone
 from entropy_pl.policy.load import Policy, load_config, load_policy_from
 from entropy_pl.policy.settings import Dtype, LoraSettings, PolicySettings, Quantization
-from entropy_pl.policy.stored import StoredCheckpoint, one_optimizer, optimizer_near, read_checkpoint, read_optimizer
+from entropy_pl.policy.stored import (
+    StoredCheckpoint,
+    named,
+    one_optimizer,
+    optimizer_near,
+    read_checkpoint,
+    read_optimizer,
+)
 from entropy_pl.policy.weights import check_lora, check_scaling, copy_weights, match_weights
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "spiece*")
@@ -109,11 +117,11 @@ def load_checkpoint(
     state = _optimizer(path, stored, optimizer_path) if optimizer else None
     given: dict[str, Any] = {"quantization": quantization, "dtype": dtype, "attn_implementation": attn_implementation}
     given = {name: value for name, value in given.items() if value is not None} | {"device_map": device_map}
-    settings = _unrounded(_settings(path, stored, backbone, lora, given), stored)
-
-    policy = load_policy_from(settings)
-    if stored.kind == "file" or (stored.kind == "model" and settings.name == backbone):
-        copy_weights(policy.model, match_weights(policy.model, stored.weights, source=str(path)))
+    with named(path):
+        settings = _unrounded(_settings(path, stored, backbone, lora, given), stored)
+        policy = load_policy_from(settings)
+        if stored.kind == "file" or (stored.kind == "model" and settings.name == backbone):
+            copy_weights(policy.model, match_weights(policy.model, stored.weights, source=str(path)))
     return Checkpoint(policy, state, path, stored.hyper_parameters)
 
 
@@ -139,16 +147,17 @@ def checkpoint_weights(path: str | Path, model: nn.Module) -> dict[str, Tensor]:
     """
     path = Path(path).expanduser()
     stored = read_checkpoint(path)
-    found = match_weights(model, stored.weights, source=str(path))
-    if isinstance(model, PeftModel):
-        _check_adapter(path, stored, model)
     parameters = dict(model.named_parameters())
-    for name, weight in found.items():
-        if not parameters[name].requires_grad and not _same_but_for_rounding(weight, parameters[name]):
-            raise ValueError(
-                f"expected the model's frozen parameters in {path} where it has them, got another {name}: the two are "
-                "not of one run"
-            )
+    with named(path):
+        found = match_weights(model, stored.weights, source=str(path))
+        if isinstance(model, PeftModel):
+            _check_adapter(path, stored, model)
+        for name, weight in found.items():
+            if not parameters[name].requires_grad and not _same_but_for_rounding(weight, parameters[name]):
+                raise ValueError(
+                    f"expected the model's frozen parameters in {path} where it has them, got another {name}: the two "
+                    "are not of one run"
+                )
     return {name: weight for name, weight in found.items() if parameters[name].requires_grad}
 
 
@@ -261,9 +270,8 @@ def _saved_settings(path: Path, saved: dict[str, Any], given: dict[str, Any]) ->
             "executed: if you trust it, say so with attn_implementation="
         )
     try:
-        lora = saved.get("lora")
-        return PolicySettings(**saved | {"lora": None if lora is None else LoraSettings(**lora)} | given)
-    except (TypeError, ValueError) as error:
+        return SettingsParser(PolicySettings).read(saved | given)
+    except ValueError as error:
         known = ", ".join(entry.name for entry in fields(PolicySettings))
         raise ValueError(
             f"expected policy settings ({known}) in {path}, got others: {error}. Load it with the version of this "

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from entropy_pl.data.arithmetic import load_arithmetic
 from entropy_pl.data.registry import PromptExample, format_prompt, get_dataset
+from entropy_pl.progress import progress
 
 DATASET = "arithmetic_r1_template"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -150,16 +150,17 @@ def train_demo_policy(recipe: DemoRecipe) -> tuple[Qwen2ForCausalLM, PreTrainedT
         ),
     )
     batches = _batches(recipe, tokenizer)
-    progress = tqdm(range(recipe.steps), desc="teaching the demo policy", unit="step")
-    for _ in progress:
-        input_ids, attention_mask, labels = next(batches)
-        loss = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    with progress("teaching the demo policy", recipe.steps, "step") as bar:
+        for _ in range(recipe.steps):
+            input_ids, attention_mask, labels = next(batches)
+            loss = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.update()
     return model.eval(), tokenizer
 
 

@@ -27,6 +27,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from entropy_pl.policy.adapter import attach_lora, resume_adapter, trainable_parameters
 from entropy_pl.policy.backbones import ModelLocation, locate_backbone
 from entropy_pl.policy.settings import Dtype, LoraSettings, PolicySettings, Quantization
+from entropy_pl.policy.stored import named
 
 _DEFAULT_LORA = LoraSettings()
 
@@ -75,6 +76,9 @@ def load_policy(
         attn_implementation: attention kernel; None takes the model's default.
         gradient_checkpointing: recompute activations in the backward pass.
 
+    Returns:
+        Model and tokenizer, which unpack as a pair.
+
     Raises:
         ValueError: if the name means nothing, settings exclude each other, weights or tokens are missing, the adapter
             does not fit, nothing would be trainable, or the model needs code of its own or names a hub's kernel.
@@ -82,20 +86,26 @@ def load_policy(
         ImportError: if quantization is asked for without bitsandbytes.
     """
     PolicySettings(name, adapter, lora, quantization, dtype, device_map, attn_implementation, gradient_checkpointing)
+    if device_map is not None and device_map.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"expected a GPU for device_map={device_map!r}, and PyTorch finds none: leave device_map out, or install "
+            "a PyTorch with CUDA"
+        )
     compute_dtype: torch.dtype = getattr(torch, dtype)
     quantization_config = _nf4_config(compute_dtype) if quantization else None
     location = locate_backbone(name)
 
-    config = load_config(location, name, attn_implementation)
-    tokenizer = _load_tokenizer(location)
-    model = _load_base_model(
-        location,
-        config=config,
-        dtype=compute_dtype,
-        device_map=device_map,
-        attn_implementation=attn_implementation,
-        quantization_config=quantization_config,
-    )
+    with named(location.source):
+        config = load_config(location, name, attn_implementation)
+        tokenizer = _load_tokenizer(location)
+        model = _load_base_model(
+            location,
+            config=config,
+            dtype=compute_dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+        )
     embeddings = len(cast(nn.Embedding, model.get_input_embeddings()).weight)
     # Without added tokens: Gemma 3's text models ship one for images, which they do not embed.
     if tokenizer.vocab_size > embeddings:
@@ -114,7 +124,8 @@ def load_policy(
 
     policy: PreTrainedModel | PeftModel = model
     if adapter is not None:
-        policy = resume_adapter(model, adapter, location.source, lora)
+        with named(adapter):
+            policy = resume_adapter(model, adapter, location.source, lora)
     elif lora is not None:
         policy = attach_lora(model, lora)
     trainable_parameters(policy)
@@ -122,7 +133,17 @@ def load_policy(
 
 
 def load_policy_from(settings: PolicySettings) -> Policy:
-    """``load_policy`` with the arguments of a config file's section."""
+    """``load_policy`` with the arguments of a config file's section.
+
+    Args:
+        settings: the section.
+
+    Returns:
+        As :func:`load_policy`.
+
+    Raises:
+        ValueError: with OSError and ImportError as :func:`load_policy`.
+    """
     return load_policy(**{field.name: getattr(settings, field.name) for field in fields(settings)})
 
 

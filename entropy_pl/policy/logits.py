@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 STATS_CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}  # what is not a CPU is taken for a GPU
 """Of one chunk of logits in the entropy's dtype, of which a handful of copies are made. On a CPU it must stay in a
@@ -104,18 +104,40 @@ def joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return logp, entropy
 
 
-def check_finite(logp: Tensor, entropy: Tensor) -> None:
+def check_finite(logp: Tensor, entropy: Tensor, model: nn.Module) -> None:
     """Refuse statistics made of logits that are NaN or infinite.
 
+    Args:
+        logp: of completion tokens, ``[n]``.
+        entropy: likewise.
+        model: behind them, whose parameters are looked at for the reason.
+
     Raises:
-        NonFiniteError: with how many tokens they are.
+        NonFiniteError: with how many tokens they are, and what is wrong with the model.
     """
     bad = ~torch.isfinite(logp + entropy)
     if bad.any():
         raise NonFiniteError(
-            f"expected finite logits, got NaN or infinity at {int(bad.sum())} of {len(logp)} completion tokens: the "
-            "policy has diverged, or this step was too long for it"
+            f"expected finite logits, got NaN or infinity at {int(bad.sum())} of {len(logp)} completion tokens: "
+            f"{why_not_finite(model)}; the policy has diverged, go on from an earlier checkpoint, or this step was too "
+            "long for it, measure at smaller η"
         )
+
+
+def why_not_finite(model: nn.Module) -> str:
+    """The parameter behind logits that are not finite, in words.
+
+    Args:
+        model: that gave them.
+
+    Returns:
+        Its name and how many of its numbers are not finite; or that all are.
+    """
+    for name, parameter in model.named_parameters():
+        bad = int((~parameter.detach().isfinite()).sum()) if parameter.is_floating_point() else 0
+        if bad:
+            return f"{bad} of {parameter.numel()} numbers of {name} are not finite"
+    return "all parameters are finite, an activation overflows"
 
 
 def logits_gradient(

@@ -27,6 +27,9 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     precision only give way to PyTorch's. Modes, tensors and settings are put back to the bit on leaving. Quantized
     layers keep their weights and compute in float32. Entering it again inside costs nothing but a walk over the
     modules.
+
+    Args:
+        model: the policy, in whatever state its trainer left it.
     """
     with _undisguised(model, torch.float32), chosen_matmul():
         yield
@@ -39,6 +42,9 @@ def float64_evaluation(model: nn.Module) -> Iterator[None]:
     ``model.double()`` is not enough: RMSNorm, rotary tables and softmax cast to float32 inside. Here those casts
     become casts to float64, and the parameters and buffers are float64 while the context lasts (the old tensors are
     back after it, to the bit).
+
+    Args:
+        model: a stock Hugging Face model, or PEFT's around one.
 
     Raises:
         ValueError: if the model has 4-bit or 8-bit layers, which have no float64 arithmetic.
@@ -91,6 +97,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for the block; afterwards every module has its own ``training`` flag back.
 
     ``model.train()`` would not do: parts that were held in eval mode on purpose would start to train.
+
+    Args:
+        model: any module.
     """
     flags = [(module, module.training) for module in model.modules()]
     # In eval mode bitsandbytes' 4-bit layers repack their weights for good on CPUs that know bfloat16: no way back, and

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -23,7 +24,9 @@ from transformers import (
 )
 
 from entropy_pl.policy.decode import decode
+from entropy_pl.policy.logits import why_not_finite
 from entropy_pl.policy.precision import evaluation_mode
+from entropy_pl.progress import part
 from entropy_pl.rollout import Rollout
 
 MAX_ROWS = 256
@@ -108,16 +111,22 @@ def sample_completions(
     prompt_mask = torch.zeros_like(prompt_ids, dtype=torch.bool)
     completion_ids = torch.full((len(rows), max_new_tokens), pad, dtype=torch.long, device=device)
 
-    with evaluation_mode(model), _neutral_generation_config(generator):
-        for start in range(0, len(rows), size):
+    starts = range(0, len(rows), size)
+    with (
+        evaluation_mode(model),
+        _neutral_generation_config(generator),
+        part("sampling", len(starts) * max_new_tokens, "token") as bar,
+    ):
+        for number, start in enumerate(starts):
             index = by_length[start : start + size]
             ids, mask = _left_pad([rows[row] for row in index], pad, device)
             finite = _FiniteLogits(device)
-            new = decode(generator, ids, mask, config, LogitsProcessorList([finite]))
+            new = decode(generator, ids, mask, config, LogitsProcessorList([finite, _Moves(bar)]))
+            bar.update((number + 1) * max_new_tokens - bar.n)  # all rows may end early
             if not finite.all_finite:
                 raise FloatingPointError(
                     f"expected finite logits while sampling {len(index)} completions, got NaN or infinity: "
-                    "the policy's weights or activations have overflowed"
+                    f"{why_not_finite(model)}; the policy has diverged, go on from an earlier checkpoint"
                 )
             prompt_ids[index, prompt_width - ids.shape[1] :] = ids
             prompt_mask[index, prompt_width - ids.shape[1] :] = mask
@@ -148,7 +157,15 @@ def check_prompts(
 
 
 def decode_completions(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
-    """The completions as text, ``[N]`` strings: masked positions and special tokens left out."""
+    """The completions as text, ``[N]`` strings: masked positions and special tokens left out.
+
+    Args:
+        tokenizer: the policy's.
+        rollout: the completions, ``[N, T]``.
+
+    Returns:
+        N strings.
+    """
     return [
         str(tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False))
         for ids, mask in zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)
@@ -156,7 +173,15 @@ def decode_completions(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> 
 
 
 def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion, sorted: the model's (there may be several) and the tokenizer's own."""
+    """Every token that ends a completion, sorted: the model's (there may be several) and the tokenizer's own.
+
+    Args:
+        model: the policy, for its generation config.
+        tokenizer: the policy's.
+
+    Returns:
+        Token ids; none where neither names one.
+    """
     generation_config = getattr(_generating_model(model), "generation_config", None)
     configured = getattr(generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])}
@@ -181,6 +206,17 @@ class _FiniteLogits(LogitsProcessor):
     @property
     def all_finite(self) -> bool:
         return not bool(self._bad)
+
+
+class _Moves(LogitsProcessor):
+    """Moves a bar by one at every token position, and leaves the logits alone."""
+
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self._bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._bar.update()
+        return scores
 
 
 @contextmanager

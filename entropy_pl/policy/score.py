@@ -117,7 +117,7 @@ def completion_stats(
         done += len(logits)
         del logits  # before the next chunk is made
     logp, entropy = joined(parts)
-    check_finite(logp, entropy)
+    check_finite(logp, entropy, model)
     return logp, entropy
 
 

@@ -19,6 +19,9 @@ class LoraSettings:
         dropout: probability of dropping an input of A while training; sampling and scoring never drop.
         target_modules: names of the layers to adapt (a layer matches by the end of its name, as `q_proj`), a regular
             expression over full names, or `all-linear` for every linear layer except the output head.
+
+    Raises:
+        ValueError: for a setting out of range, or no layer to adapt.
     """
 
     rank: int = 16
@@ -55,6 +58,9 @@ class PolicySettings:
             trainer (a quantized model goes to the current GPU, where there is one).
         attn_implementation: attention kernel, as `sdpa`, `eager` or `flash_attention_2`. None: the model's default.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+
+    Raises:
+        ValueError: for an empty name, an unknown option, or quantization without an adapter.
     """
 
     name: str

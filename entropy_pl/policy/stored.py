@@ -6,12 +6,15 @@ and refuses the rest; everything else is safetensors or JSON.
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import re
+import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
@@ -26,6 +29,16 @@ _WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "module", "policy")
 _OPTIMIZER_KEYS = ("optimizer_states", "optimizer_state_dict", "optimizer")  # Lightning's first: a list
 _HYPER_PARAMETER_KEYS = ("datamodule_hyper_parameters", "hyper_parameters")  # Lightning's; the module's win
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")  # of Hugging Face's Trainer; under FSDP
+# What torch's reader raises of bytes that are no torch file, which it interprets as far as they go.
+_DAMAGE = (
+    *(RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
+    struct.error,
+)
+# What no file can be blamed for; the last is new in torch 2.8.
+_OF_THE_MACHINE = (
+    *(OSError, ImportError, MemoryError, torch.OutOfMemoryError),
+    getattr(torch, "AcceleratorError", torch.OutOfMemoryError),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +129,32 @@ def optimizer_near(path: Path) -> Path | None:
     return next((folder / name for folder in folders for name in _OPTIMIZER_FILES if (folder / name).is_file()), None)
 
 
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """What is in a checkpoint's files is put to use in here, by libraries that raise whatever they stumble over.
+
+    Args:
+        path: of the checkpoint, or of the file.
+
+    Raises:
+        ValueError: in the place of an error that does not say where it comes from, or is of another kind; but for what
+            no file can be blamed for (no memory, no file, no package, no device).
+    """
+    try:
+        yield
+    except _OF_THE_MACHINE:
+        raise
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:
+        raise ValueError(
+            f"expected a checkpoint that can be loaded, got {path}, in which something is of another kind than it "
+            f"should be: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
 def _read_folder(folder: Path) -> StoredCheckpoint:
     shards = list(folder.glob("*.distcp"))
     if shards or (folder / ".metadata").is_file():
@@ -196,7 +235,11 @@ def _read_torch(file: Path) -> dict[str, Any]:
             "takes ignore=[...]); if you trust the file, load it by hand and save its 'state_dict' and "
             "'optimizer_states' alone with torch.save"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except _DAMAGE as error:
+        raise _damaged(file, error) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # torch's reader has sought before the beginning of a short file
+            raise
         raise _damaged(file, error) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a state dict in {file} (name → tensor), got a {type(content).__name__}")
@@ -241,7 +284,11 @@ def _there(file: Path) -> Path:
 def _damaged(file: Path, error: Exception) -> ValueError:
     # Torch says the same of every damaged file, that it may be pickled by other means; the rest it says is its own.
     reason = "not a torch file" if isinstance(error, pickle.UnpicklingError) else str(error).strip().split("\n")[0]
-    return ValueError(f"expected a readable checkpoint, got {file}, which is damaged or of another format: {reason}")
+    return ValueError(
+        f"expected a readable checkpoint, got {file}, which is damaged or of another format: "
+        f"{reason.rstrip('.') or 'it ends too early'}. If it was cut short while being saved or copied, take an "
+        "earlier one"
+    )
 
 
 def _keys(content: Mapping[str, Any]) -> str:

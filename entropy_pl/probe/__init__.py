@@ -6,7 +6,7 @@ Model passes and arithmetic are apart: :meth:`EntropyProbe.collect` scores, :met
 
 from entropy_pl.probe.cost import ProbeMemory, probe_memory
 from entropy_pl.probe.engine import ATTRIBUTION_PASSES, EntropyProbe
-from entropy_pl.probe.memory import PeakMemory, peak_memory
+from entropy_pl.probe.memory import PeakMemory, peak_memory, what_happened
 from entropy_pl.probe.result import Counterfactual, ProbeResult, SweepPoint, SymmetricPoint
 from entropy_pl.probe.scores import ProbeScores
 from entropy_pl.probe.settings import Precision, ProbeSettings
@@ -27,4 +27,5 @@ __all__ = [
     "peak_memory",
     "probe_memory",
     "timed",
+    "what_happened",
 ]

@@ -20,11 +20,12 @@ from entropy_pl.attribution import (
 )
 from entropy_pl.estimators.reward import checked_rewards
 from entropy_pl.peers import ALONE, Peers
-from entropy_pl.policy.logits import compiled_statistics
+from entropy_pl.policy.logits import NonFiniteError, compiled_statistics
 from entropy_pl.policy.micro_batches import default_batch_tokens
 from entropy_pl.policy.precision import evaluation, float64_evaluation, refuse_quantized
 from entropy_pl.policy.score import head_inputs, token_stats
 from entropy_pl.policy.tangents import Tangents, resolve_method, tangents
+from entropy_pl.probe.memory import what_happened
 from entropy_pl.probe.reduction import baseline_of, reduce_scores
 from entropy_pl.probe.result import ProbeResult
 from entropy_pl.probe.scores import CounterfactualScores, ProbeScores
@@ -33,7 +34,8 @@ from entropy_pl.probe.timing import timed
 from entropy_pl.rollout import Rollout, TokenStats, prompt_clusters
 from entropy_pl.updates.vector import UpdateVector
 
-ATTRIBUTION_PASSES = 6  # ∇Ĥ over E; θ and two differences over U; momentum and weight decay over E
+ATTRIBUTION_PASSES = 6
+"""Of an attribution, for progress bars: ∇Ĥ over E; θ and two differences over U; momentum and weight decay over E."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,8 @@ class EntropyProbe(ProbeSettings):
             on_pass: called with a phase's name after every pass, for progress bars.
 
         Raises:
-            ValueError: for an E-batch no estimate can be made of, or an update without components where it is to be
-                attributed.
+            ValueError: for an E-batch no estimate can be made of, an update that is not finite, or one without
+                components where it is to be attributed.
             NonFiniteError: if the policy's logits are not finite, at θ or at a θ+ηv of the sweep.
             PeerError: if another process failed.
         """
@@ -136,6 +138,7 @@ class EntropyProbe(ProbeSettings):
     ) -> ProbeScores:
         """The model passes of :meth:`measure` over E, with its arguments and errors."""
         with peers.together():
+            update.checked_norm()
             if rewards is not None:
                 rewards = checked_rewards(rewards, len(rollout))
             settled = self._settled(model, rollout)
@@ -282,7 +285,10 @@ class EntropyProbe(ProbeSettings):
                 on_pass("features")
             with timed(seconds, "sweep", model):
                 for eta in self.sweep_etas(update.lr):
-                    shifted[eta] = token_stats(model, rollout, update=update, eta=eta, **self.scoring)
+                    try:
+                        shifted[eta] = token_stats(model, rollout, update=update, eta=eta, **self.scoring)
+                    except NonFiniteError as error:
+                        raise NonFiniteError(f"{error} (this was at η = {eta:.3g})") from error
                     on_pass("sweep")
         assert tangent.second is not None
         return ProbeScores(
@@ -315,7 +321,7 @@ class EntropyProbe(ProbeSettings):
                     with self.evaluation(model):
                         stats = token_stats(model, rollout, update=other, eta=update.lr, **self.scoring)
                 except Exception as error:
-                    failed[name] = f"{type(error).__name__}: {error}"
+                    failed[name] = what_happened(error)
                     warnings.warn(f"counterfactual {name!r} could not be measured. {failed[name]}", stacklevel=2)
                     continue
                 norm = other.norm()

@@ -11,6 +11,12 @@ import psutil
 import torch
 
 INTERVAL = 0.005  # seconds between two looks
+# the CPU's allocator, CUDA's, its libraries', another process's word for its own
+NO_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "memoryerror")
+LESS_MEMORY = (
+    "lower max_batch_tokens (of every pass), sample_batch_size (of the sampling) or num_sequences (of everything) of "
+    "the probe"
+)
 
 
 @dataclass
@@ -26,6 +32,26 @@ class PeakMemory:
     added: int = 0
 
 
+def what_happened(error: Exception) -> str:
+    """An error as a record or a warning says it; of a want of memory also what to do.
+
+    Args:
+        error: the one that was caught.
+
+    Returns:
+        One line: its type, what it says, and where memory was wanting what would take less of it.
+    """
+    said = f"{type(error).__name__}: {error}"
+    return f"{said}: {LESS_MEMORY}" if wants_memory(error) else said
+
+
+def wants_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, the CPU's or a GPU's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in NO_MEMORY)
+    )
+
+
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     """Watch a block's memory on a device.
@@ -35,6 +61,9 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
 
     Args:
         device: of the model; on a CPU the whole process is watched.
+
+    Yields:
+        What was taken; its numbers are there when the block has ended.
     """
     peak, in_use, highest = _counters(device)
     start, before = in_use(), highest()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from entropy_pl.attribution import Attribution
 from entropy_pl.estimators import EntropyChange, PowerLaw, Ratio
+from entropy_pl.estimators.estimate import TRUSTED_ESS
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +98,12 @@ class ProbeResult:
         entropy: H(π_θ), nats per token or per sequence.
         first_order: ⟨∇H, v⟩, per unit η.
         second_order: v'∇²H v, per unit η².
-        eta_star: 2|⟨∇H, v⟩|/|v'∇²H v|, the η at which first and second order are equal in size; None when there is
+        eta_star: ``2|⟨∇H, v⟩|/|v'∇²H v|``, the η at which first and second order are equal in size; None when there is
             no curvature at all.
         eta_star_stderr: its standard error, by the delta method on the influences of both.
         sweep: one :class:`SweepPoint` per η, in ascending order.
         symmetric: one :class:`SymmetricPoint` per pair ±η of the sweep.
-        power_law: log |ΔH| against log η over the sweep's η > 0: slope 1 is first order. None where no line can be
+        power_law: ``log |ΔH|`` against log η over the sweep's η > 0: slope 1 is first order. None where no line can be
             fitted.
         lr: η of the step really taken.
         update_norm: ‖v‖.
@@ -152,9 +154,38 @@ class ProbeResult:
                 return point
         raise LookupError("the sweep holds no step really taken: the update's learning rate is zero")
 
+    @property
+    def untrustworthy_from(self) -> float | None:
+        """The smallest ``|η|`` of the sweep whose importance weights have collapsed; None where none have.
+
+        See :attr:`entropy_pl.estimators.EntropyChange.trustworthy`.
+        """
+        point = self._collapsed
+        return None if point is None else abs(point.eta)
+
+    @property
+    def message(self) -> str | None:
+        """What a reader must know before believing the numbers, in one sentence; None where there is nothing."""
+        point = self._collapsed
+        if point is None:
+            return None
+        true = point.true
+        # log-normal weights, of log variance proportional to η²: ESS/N = exp(−variance)
+        limit = abs(point.eta) * math.sqrt(math.log(TRUSTED_ESS) / math.log(true.ess_min / true.n_sequences))
+        return (
+            f"expected an effective sample size of at least half the {true.n_sequences} sequences, got "
+            f"{true.ess_min:.3g} at η = {point.eta:.3g}: do not trust ΔH there and further from zero; measure at η "
+            f"below about {limit:.2g}, or compare the entropies of completions drawn before the step and after it"
+        )
+
+    @property
+    def _collapsed(self) -> SweepPoint | None:
+        return min((p for p in self.sweep if not p.true.trustworthy), key=lambda p: abs(p.eta), default=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers: what a record holds of a probe."""
         return {
+            "message": self.message,
             "lr": self.lr,
             "entropy": self.entropy.to_dict(),
             "first_order": self.first_order.to_dict(),
@@ -162,6 +193,7 @@ class ProbeResult:
             "eta_star": self.eta_star,
             "eta_star_stderr": self.eta_star_stderr,
             "sweep": [point.to_dict() for point in self.sweep],
+            "untrustworthy_from": self.untrustworthy_from,
             "symmetric": [point.to_dict() for point in self.symmetric],
             "power_law": None if self.power_law is None else asdict(self.power_law),
             "update_norm": self.update_norm,

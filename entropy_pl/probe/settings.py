@@ -14,6 +14,8 @@ from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
 from entropy_pl.policy.tangents import Method
 
 Precision = Literal["float32", "float64"]
+"""Number formats of a probe's forward passes, and of its softmax, log-probs and entropies."""
+
 RECORDED_SETTINGS = (
     "normalize",
     "weighting",

@@ -12,7 +12,13 @@ from torch import nn
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str, model: nn.Module | None = None) -> Iterator[None]:
-    """Bill the block's wall time to a phase, the work queued on the model's GPU included."""
+    """Bill the block's wall time to a phase, the work queued on the model's GPU included.
+
+    Args:
+        seconds: by phase; the block's time is added in place.
+        phase: its name.
+        model: whose GPU, if it has one, is waited for.
+    """
 
     def now() -> float:
         if model is not None and next(model.parameters()).is_cuda:

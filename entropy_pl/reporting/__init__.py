@@ -28,9 +28,12 @@ from entropy_pl.reporting.detailed import (
 from entropy_pl.reporting.detailed_log import DetailedLog
 from entropy_pl.reporting.figures import delta_entropy_figure, eta_sweep_figure
 from entropy_pl.reporting.records import SCHEMA, Record, RecordWriter, latest_per_step, read_records, taken_point
+from entropy_pl.reporting.run_figures import calibration_figure, ess_figure, step_size_figure, training_figure
+from entropy_pl.reporting.run_folder import RunFolder, read_run
+from entropy_pl.reporting.run_page import run_page
 from entropy_pl.reporting.table import attribution_table, probe_table, sweep_table
 from entropy_pl.reporting.tensorboard import add_margin_charts, scalars
-from entropy_pl.reporting.theories import add_step_agreement
+from entropy_pl.reporting.theories import add_step_agreement, step_evidence
 
 __all__ = [
     "SCHEMA",
@@ -40,13 +43,16 @@ __all__ = [
     "MeasuredBatch",
     "Record",
     "RecordWriter",
+    "RunFolder",
     "add_margin_charts",
     "add_step_agreement",
     "attribution_page",
     "attribution_table",
+    "calibration_figure",
     "components_figure",
     "config_hash",
     "delta_entropy_figure",
+    "ess_figure",
     "eta_sweep_figure",
     "exchange_rate_figure",
     "influence_matrix_figure",
@@ -56,11 +62,16 @@ __all__ = [
     "probe_table",
     "raw_tensors",
     "read_records",
+    "read_run",
+    "run_page",
     "scalars",
     "sequence_records",
+    "step_evidence",
+    "step_size_figure",
     "summary_record",
     "sweep_table",
     "taken_point",
     "token_records",
     "top_tokens_figure",
+    "training_figure",
 ]

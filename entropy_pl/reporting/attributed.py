@@ -230,9 +230,12 @@ class AttributedTokens:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.tmp")
-        with open(unfinished, "wb") as file:
-            np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
-        os.replace(unfinished, path)
+        try:
+            with open(unfinished, "wb") as file:
+                np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)  # of a full disk
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttributedTokens:

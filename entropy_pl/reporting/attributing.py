@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, compare_predictors
 from entropy_pl.estimators.snis import Normalize
+from entropy_pl.probe import what_happened
 from entropy_pl.reporting.attributed import AttributedTokens
 from entropy_pl.reporting.records import Record
 from entropy_pl.rollout import prompt_clusters
@@ -81,7 +82,7 @@ def noted(absent: dict[str, str], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        absent[what] = f"{type(error).__name__}: {error}"
+        absent[what] = what_happened(error)
 
 
 def attribution_record(

@@ -15,23 +15,29 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager, get_font
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from entropy_pl.reporting.attributed import DECILES, NEGATIVE, POSITIVE, ZERO, AttributedTokens
 from entropy_pl.reporting.components import COMPONENTS, Z95, per_step
 from entropy_pl.reporting.figures import (
+    BELOW_POWER,
     FIRST_STYLE,
     GREY,
     LEGEND,
+    RASTERIZED,
     TRUE_STYLE,
     banded_curve,
     column,
     empty_figure,
     finish,
     interval_title,
+    margins,
     new_figure,
+    over_steps,
+    place_legend,
+    scatter_of_steps,
     scientific,
+    side_by_side,
     units_of,
 )
 from entropy_pl.reporting.records import latest_per_step, taken_point
@@ -64,7 +70,6 @@ FAMILIES = (  # for texts of any script, as far as they are installed
 )
 ERROR_BARS = 200  # bars up to which they have error bars; those of more would cover them
 CLIPPED = 0.98  # quantile of |influence| at which the heat map's colours end
-BELOW_POWER = 12.0  # points between the tick labels and a label that stays clear of the axis's power of ten
 LINEAR = 0.5  # quantile of |influence| up to which the scatter's axis is linear
 
 
@@ -285,9 +290,9 @@ def components_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         style = {"markersize": 5, "linestyle": "-", "linewidth": 1.4, **COMPONENT_STYLES.get(name, {})}
         banded_curve(axes, steps, part, FIRST_STYLE if name == "first_order" else style, words, filled=True)
     axes.set_ylabel(f"entropy change of the step\n[{units_of(kept)}]")
-    _over_steps(axes, steps)
+    over_steps(axes, steps)
     finish(axes, "y")
-    axes.legend(title="95 % confidence intervals", **LEGEND)
+    place_legend(figure, axes, title="95 % confidence intervals")
     return figure
 
 
@@ -310,30 +315,14 @@ def exchange_rate_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     if not real.any():
         return empty_figure(f"no probe has measured a change of reward yet ({len(records)} recorded)")
     steps = np.array([record["step"] for record in kept], dtype=float)
-    figure = new_figure(height=4.2)
-    left, right = figure.subplots(1, 2)
-    left.errorbar(
-        x[real],
-        y[real],
-        xerr=_margins(reward, x)[:, real],
-        yerr=_margins(entropy, y)[:, real],
-        fmt="none",
-        ecolor="#BBBBBB",
-        elinewidth=0.9,
-        zorder=2,
-    )
-    points = left.scatter(x[real], y[real], c=steps[real], cmap="viridis", s=22, zorder=3)
+    figure, (left, right) = side_by_side(height=4.2, panels=2)
+    scatter_of_steps(figure, left, steps, reward, entropy)
     left.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     left.axvline(0, color=GREY, linewidth=0.8, zorder=1)
-    left.set_xlabel(r"$\Delta J$, of the mean reward")
+    left.set_xlabel(r"$\Delta J$, of the mean reward", labelpad=BELOW_POWER)
     left.set_ylabel(rf"$\Delta H$ [{units_of(kept)}]")
     left.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
     finish(left, "y")
-    if real.sum() > 1:
-        figure.colorbar(points, ax=left, label="optimizer step", aspect=40, pad=0.02)
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.set(wspace=0.08)  # type: ignore[call-arg]  # constrained
 
     rates = [record.get("exchange_rate") for record in kept]
     values = column(rates, "value")
@@ -343,8 +332,9 @@ def exchange_rate_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     right.errorbar(
         steps[bounded],
         values[bounded],
-        yerr=_margins(rates, values)[:, bounded],
+        yerr=margins(rates)[:, bounded],
         capsize=3,
+        rasterized=bool(bounded.sum() > RASTERIZED),
         **{**TRUE_STYLE, "linestyle": "none"},
     )
     if unbounded.any():
@@ -352,7 +342,7 @@ def exchange_rate_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         right.plot(steps[unbounded], np.zeros(unbounded.sum()), "x", label="interval without bounds", **style)
         figure.legend(loc="outside lower right", **LEGEND)
     right.set_ylabel(r"$\Delta H\,/\,\Delta J$ [nats per unit reward]")
-    _over_steps(right, steps)
+    over_steps(right, steps)
     finish(right, "y")
     figure.suptitle(interval_title(kept), fontsize=9, color=GREY)
     return figure
@@ -394,17 +384,5 @@ def _group_means(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64]) -> 
     axes.plot(middles, means, "D-", color="black", markersize=4, linewidth=1, label="mean of a tenth", zorder=5)
 
 
-def _margins(estimates: Sequence[Mapping[str, Any] | None], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Lengths of error bars, ``[2, n]``; none where there is no interval."""
-    return np.nan_to_num(np.abs(np.stack([column(estimates, key) for key in ("ci_low", "ci_high")]) - values))
-
-
 def _title(tokens: AttributedTokens, rest: str) -> str:
     return rf"optimizer step {tokens.step}, $\eta$ = {scientific(tokens.eta)}: {rest}"
-
-
-def _over_steps(axes: Axes, steps: NDArray[np.float64]) -> None:
-    axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if len(steps) == 1:
-        axes.set_xlim(steps[0] - 1, steps[0] + 1)

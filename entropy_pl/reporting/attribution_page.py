@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 
 from entropy_pl.reporting.attributed import NEGATIVE, POSITIVE, TOTALS, ZERO, AttributedTokens
+from entropy_pl.reporting.page import minus, render, signed
 from entropy_pl.reporting.records import Record
 from entropy_pl.reporting.visible_text import shortened, visible
 
@@ -18,48 +17,22 @@ OPEN = 3  # completions that are unfolded when the page opens
 TOP = 20  # tokens in the table
 SIGN_NAMES = {POSITIVE: "A > 0", NEGATIVE: "A < 0", ZERO: "A = 0"}
 TEMPLATE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ title }}</title>
-<style>
-:root { --back: #fff; --text: #1a1a1a; --faint: #666; --line: #ddd; --lowers: 213 60 20; --raises: 0 114 190; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #16181b; --text: #e8e8e8; --faint: #a0a0a0; --line: #3a3d42; --lowers: 225 85 50;
-          --raises: 50 135 215; }
-}
-body { background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif; max-width: 60rem;
-       margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.4rem; line-height: 1.25; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-h1, h2, summary, td { overflow-wrap: anywhere; }
-.faint { color: var(--faint); font-size: .875rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; }
-th, td { text-align: right; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; color: var(--faint); }
-th.words, td.words { text-align: left; } td.words { white-space: pre-wrap; min-width: 10rem; }
-details { border-top: 1px solid var(--line); padding: .3rem 0; }
-summary { cursor: pointer; padding: .3rem 0; }
+{% extends "page" %}
+{% block style %}
 .text { font: .875rem/1.7 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
         margin: .3rem 0 .6rem; }
 .text i, .legend i, td i { font-style: normal; border-radius: 2px; box-decoration-break: clone;
         -webkit-box-decoration-break: clone; }
-@media (max-width: 30rem) {
-  th, td { padding-right: .5rem; font-size: .8rem; } td.words { min-width: 7rem; white-space: pre-wrap; }
-}
+.text i:focus { outline: 2px solid var(--text); }
+.text i:focus::after { content: attr(title); position: fixed; left: 0; right: 0; bottom: 0; padding: .6rem 1rem;
+        background: var(--text); color: var(--back); font: .875rem/1.4 system-ui, sans-serif; text-align: center; }
 .legend i { display: inline-block; min-width: 3.6rem; text-align: center; font-size: .75rem; padding: .1rem 0; }
 {% for level in levels -%}
 .l{{ loop.index }} { background: rgb(var(--lowers) / {{ level }}); } {#- #}
 .r{{ loop.index }} { background: rgb(var(--raises) / {{ level }}); }
 {% endfor -%}
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
+{% endblock %}
+{% block body %}
 <p class="faint">Optimizer step {{ step }}, η = {{ eta }}. Values are changes of the entropy by the step really taken,
 to first order, in {{ units }}.</p>
 
@@ -88,7 +61,7 @@ to first order, in {{ units }}.</p>
 <p class="legend">{% for swatch in legend %}<i class="{{ swatch.colour }}">{{ swatch.value }}</i>{% endfor %}<br>
 <span class="faint">Red tokens lower the entropy, blue ones raise it; the stronger the colour, the more, up to the value
 (nats) that 99 % of the batch's tokens stay within; the steps are as wide as the value's square root says. Point at a
-token for its value, log π, entropy H before it and advantage A.</span></p>
+token, or tap it, for its value, log π, entropy H before it and advantage A.</span></p>
 {% for group in groups %}
 <section>
 <h2>Prompt {{ group.number }}: {{ group.value }} nats by {{ group.size }} completions</h2>
@@ -100,14 +73,14 @@ token for its value, log π, entropy H before it and advantage A.</span></p>
 &nbsp;tokens</span></summary>
 <div class="text" dir="auto">
 {%- for token in completion.tokens -%}
-<i{% if token.colour %} class="{{ token.colour }}"{% endif %} title="{{ token.title }}">{{ token.text }}</i>
+<i{% if token.colour %} class="{{ token.colour }}"{% endif %} tabindex="-1" title="{{ token.title }}">
+{{- token.text }}</i>
 {%- endfor -%}
 </div></details>
 {% endfor -%}
 </section>
 {% endfor %}
-</body>
-</html>
+{% endblock %}
 """
 
 
@@ -134,8 +107,8 @@ def attribution_page(tokens: AttributedTokens, *, title: str, max_sequences: int
     N = len(tokens.prompts)
     order = np.argsort(-np.abs(tokens.sequence_values), kind="stable")
     shown, left_out = order[:max_sequences].tolist(), order[max_sequences:]
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(TEMPLATE).render(
+    return render(
+        TEMPLATE,
         title=visible(title),
         step=tokens.step,
         eta=f"{tokens.eta:.3g}",
@@ -147,7 +120,7 @@ def attribution_page(tokens: AttributedTokens, *, title: str, max_sequences: int
         n_sequences=N,
         n_shown=len(shown),
         left_out=len(left_out),
-        left_out_value=_signed(float(tokens.sequence_values[left_out].sum())),
+        left_out_value=signed(float(tokens.sequence_values[left_out].sum())),
         legend=_legend(tokens),
         groups=_groups(tokens, shown),
     )
@@ -166,8 +139,8 @@ def _totals(tokens: AttributedTokens) -> list[Record]:
     return [
         {
             "name": name,
-            "value": _signed(value),
-            "share": _minus(f"{100 * value / whole:.1f} %") if whole and math.isfinite(value / whole) else "–",
+            "value": signed(value),
+            "share": minus(f"{100 * value / whole:.1f} %") if whole and math.isfinite(value / whole) else "–",
         }
         for name, value in rows
     ]
@@ -206,7 +179,7 @@ def _groups(tokens: AttributedTokens, shown: list[int]) -> list[Record]:
                 "number": int(numbers[row]) + 1,
                 "prompt": prompt,
                 "start": shortened(visible(tokens.prompts[row]), 80),
-                "value": _signed(float(tokens.sequence_values[same].sum())),
+                "value": signed(float(tokens.sequence_values[same].sum())),
                 "size": int(same.sum()),
                 "completions": [],
             },
@@ -257,29 +230,21 @@ def _legend(tokens: AttributedTokens) -> list[Record]:
     levels = range(LEVELS, 0, -2) if scale else ()
     sides = [("l", levels, -1.0), ("r", reversed(levels), 1.0)] if levels else []
     return [
-        {"colour": f"{side}{level}", "value": _signed(sign * scale * (level / LEVELS) ** 2, digits=0)}
+        {"colour": f"{side}{level}", "value": signed(sign * scale * (level / LEVELS) ** 2, digits=0)}
         for side, ordered, sign in sides
         for level in ordered
     ]
 
 
 def _advantage(tokens: AttributedTokens, index: int) -> str:
-    return "–" if tokens.advantages is None else _minus(f"{tokens.advantages[index]:+.2f}")
+    return "–" if tokens.advantages is None else minus(f"{tokens.advantages[index]:+.2f}")
 
 
 def _of_token(tokens: AttributedTokens, index: int) -> str:
-    value = _signed(tokens.values[index])
+    value = signed(tokens.values[index])
     return value if tokens.stderr is None else f"{value} ± {tokens.stderr[index]:.1e}"
 
 
 def _with_error(tokens: AttributedTokens, row: int) -> str:
-    value = _signed(tokens.sequence_values[row])
+    value = signed(tokens.sequence_values[row])
     return value if tokens.sequence_stderr is None else f"{value} ± {tokens.sequence_stderr[row]:.0e}"
-
-
-def _signed(value: Any, digits: int = 2) -> str:
-    return _minus(f"{value:+.{digits}e}")
-
-
-def _minus(number: str) -> str:
-    return number.replace("-", "−")

@@ -179,6 +179,9 @@ def config_hash(config: Mapping[str, Any]) -> str:
     Args:
         config: nested mappings, lists and plain values.
 
+    Returns:
+        The digits.
+
     Raises:
         TypeError: if it holds something that JSON has no form for.
     """
@@ -192,6 +195,9 @@ def summary_record(batch: MeasuredBatch, *, config: Mapping[str, Any], seconds: 
         batch: what was measured.
         config: what it was measured under; its hash is recorded.
         seconds: wall time of the whole measurement.
+
+    Returns:
+        A record without ``schema`` and ``kind``, which the log adds.
     """
     return {
         "config_hash": config_hash(config),
@@ -213,6 +219,9 @@ def sequence_records(batch: MeasuredBatch, *, texts: bool = True) -> Iterator[Re
     Args:
         batch: what was measured.
         texts: whether prompt and completion are among the keys.
+
+    Returns:
+        The records, made one by one.
     """
     columns: dict[str, Sequence[Any]] = {
         "index": range(len(batch.rollout)),
@@ -236,6 +245,9 @@ def token_records(batch: MeasuredBatch) -> Iterator[Record]:
 
     Args:
         batch: what was measured.
+
+    Returns:
+        The records, made one by one.
     """
     mask = batch.rollout.completion_mask.cpu()
 

@@ -7,21 +7,28 @@ close. Save one with ``figure.savefig(path)``, or hand it to ``SummaryWriter.add
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from entropy_pl.reporting.records import Record, latest_per_step, number, taken_point
+from entropy_pl.reporting.trust import UNTRUSTED, untrustworthy
 
 WIDTH, DPI = 7.5, 120  # inches, dots per inch: 900 pixels
+NARROW = 5.0  # inches: in a narrower figure panels stand below each other, and legends below the axes
+_width: ContextVar[float] = ContextVar("_width", default=WIDTH)
 # Blue and vermilion of Okabe and Ito's palette, told apart by colour-blind readers; line, marker and fill differ as
 # well, since the two curves mostly lie on top of each other.
 TRUE_STYLE: dict[str, Any] = {"color": "#0072B2", "linestyle": "-", "marker": "o", "markersize": 5.5, "linewidth": 1.6}
@@ -35,7 +42,19 @@ FIRST_STYLE: dict[str, Any] = {
 }
 SECOND_STYLE: dict[str, Any] = {"color": "#007A59", "linestyle": "-.", "linewidth": 1.4}
 GREY = "#666666"
+UNTRUSTED_STYLE: dict[str, Any] = {
+    "color": GREY,
+    "linestyle": "none",
+    "marker": "o",
+    "markersize": 6.5,
+    "markerfacecolor": "white",
+    "zorder": 6,
+}
 LEGEND: dict[str, Any] = {"fontsize": 9, "title_fontsize": 8, "frameon": False}
+BELOW_POWER = 12.0  # points between the tick labels and a label that stays clear of the axis's power of ten
+# viridis up to its green: yellow is too light for points on white, and too dark for them where a page is inverted
+OF_STEPS = LinearSegmentedColormap.from_list("steps", matplotlib.colormaps["viridis"](np.linspace(0, 0.75, 256)))
+RASTERIZED = 200  # points from which a scatter is drawn as an image: in a vector file each is a shape of its own
 WIDE = 30.0  # a sweep whose largest η is this many times its smallest is drawn over log η
 
 
@@ -43,7 +62,8 @@ def delta_entropy_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     """ΔH and δH₁ of the steps really taken, against the optimizer step, each with its confidence band.
 
     Steps probed without a result (failed, skipped, no movement) interrupt the curves and are marked by a cross on the
-    horizontal axis. A lower panel shows the reward, if any record has one.
+    horizontal axis; a ΔH whose importance weights had collapsed has a hollow grey marker. A lower panel shows the
+    reward, if any record has one.
 
     Args:
         records: probe records in the order they were written; steps probed twice show their latest record.
@@ -69,20 +89,18 @@ def delta_entropy_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     banded_curve(axes, steps, true, TRUE_STYLE, r"true, $\Delta H$", filled=True)
     banded_curve(axes, steps, first_order, FIRST_STYLE, r"first order, $\delta H_1$", filled=False)
+    _mark_untrusted(axes, steps, column(true, "value"), true)
     if missing.any():
         style: dict[str, Any] = {"color": GREY, "transform": axes.get_xaxis_transform(), "clip_on": False}
         axes.plot(steps[missing], np.zeros(missing.sum()), "x", label="probed, no result", **style)
     axes.set_ylabel(f"entropy change of the step\n[{units_of(records)}]")
     finish(axes, "y")
-    axes.legend(title=interval_title(records), **LEGEND)
+    place_legend(figure, axes, title=interval_title(records))
     if with_reward:
         rows[1, 0].plot(steps, rewards, color="#333333", marker=".", linewidth=1.2)
         rows[1, 0].set_ylabel("mean reward")
         finish(rows[1, 0], "y")
-    rows[-1, 0].set_xlabel("optimizer step")
-    rows[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if len(steps) == 1:
-        rows[-1, 0].set_xlim(steps[0] - 1, steps[0] + 1)
+    over_steps(rows[-1, 0], steps)
     figure.align_ylabels()
     return figure
 
@@ -92,7 +110,8 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
 
     The parabola δH₁·η + ½ η² v'∇²Hv is drawn where the record has a second order; η*, where the straight line stops
     being the truth, where it falls within the sweep. A sweep over decades (largest η at least 30 times the smallest) is
-    drawn as ΔH/η over log η instead, so that no point hides at the origin: there the straight line lies flat.
+    drawn as ΔH/η over log η instead, so that no point hides at the origin: there the straight line lies flat. A ΔH
+    whose importance weights had collapsed has a hollow grey marker.
 
     Args:
         record: one probe's record.
@@ -119,6 +138,8 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
     else:
         grid = np.linspace(min(0.0, etas.min()), max(0.0, etas.max()), 201)
     handles += _predictions(axes, grid, record, per_eta)
+    true = [point.get("true") for point in sweep]
+    handles += _mark_untrusted(axes, etas, column(true, "value") / (etas if per_eta else 1), true)
     title, eta_star = step, number(record, "eta_star")
     if math.isfinite(eta_star):
         title += rf",  $\eta^*$ = {scientific(eta_star)}"
@@ -131,12 +152,16 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
             handles += axes.plot(
                 eta, value, "o", markersize=13, markerfacecolor="none", markeredgecolor="black", zorder=5, label=label
             )
-    axes.set_xlabel(r"step size $\eta$ along the update (learning rate)")
+    label = "step size $\\eta$ along the update{}(learning rate)"
+    if is_narrow():
+        axes.set_xlabel(label.format("\n"), labelpad=BELOW_POWER)
+    else:
+        axes.set_xlabel(label.format(" "))
     units = units_of([record])
     axes.set_ylabel(f"entropy change per unit $\\eta$\n[{units}]" if per_eta else f"entropy change\n[{units}]")
     axes.set_title(title, fontsize=10)
     finish(axes, "y" if per_eta else "both")
-    axes.legend(handles=handles, title=interval_title([record]), **LEGEND)
+    place_legend(figure, axes, handles=handles, title=interval_title([record]))
     return figure
 
 
@@ -170,6 +195,14 @@ def _predictions(axes: Axes, grid: NDArray[np.float64], record: Mapping[str, Any
     return handles
 
 
+def _mark_untrusted(
+    axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], estimates: Sequence[Mapping[str, Any] | None]
+) -> list[Artist]:
+    """A hollow grey marker over every point whose importance weights had collapsed."""
+    these = np.array([untrustworthy(estimate) for estimate in estimates])
+    return list(axes.plot(x[these], y[these], label=UNTRUSTED, **UNTRUSTED_STYLE)) if these.any() else []
+
+
 def banded_curve(
     axes: Axes,
     steps: NDArray[np.float64],
@@ -195,6 +228,32 @@ def banded_curve(
     if alone.any():
         margins = np.abs(np.stack([low, high]) - values)[:, alone]
         axes.errorbar(steps[alone], values[alone], yerr=margins, fmt="none", ecolor=colour, capsize=3 if filled else 6)
+
+
+def scatter_of_steps(
+    figure: Figure,
+    axes: Axes,
+    steps: NDArray[np.float64],
+    across: Sequence[Mapping[str, Any] | None],
+    upwards: Sequence[Mapping[str, Any] | None],
+) -> None:
+    """One estimate against another, a point with both intervals for every step that has both, coloured by the step."""
+    x, y = column(across, "value"), column(upwards, "value")
+    real = np.isfinite(x + y)
+    x, y, xerr, yerr = x[real], y[real], margins(across)[:, real], margins(upwards)[:, real]
+    as_image = len(x) > RASTERIZED
+    axes.errorbar(
+        x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor="#BBBBBB", elinewidth=0.9, zorder=2, rasterized=as_image
+    )
+    points = axes.scatter(x, y, c=steps[real], cmap=OF_STEPS, s=22, zorder=3, rasterized=as_image)
+    if len(x) > 1:
+        figure.colorbar(points, ax=axes, label="optimizer step", aspect=40, pad=0.02, ticks=_whole_numbers())
+
+
+def margins(estimates: Sequence[Mapping[str, Any] | None]) -> NDArray[np.float64]:
+    """Lengths of the error bars of an interval, downwards and upwards, ``[2, n]``; 0 where there is none."""
+    ends = np.stack([column(estimates, key) for key in ("ci_low", "ci_high")])
+    return np.nan_to_num(np.abs(ends - column(estimates, "value")))
 
 
 def column(rows: Sequence[Mapping[str, Any] | None], key: str) -> NDArray[np.float64]:
@@ -226,9 +285,64 @@ def finish(axes: Axes, axis: Literal["both", "x", "y"]) -> None:
     axes.ticklabel_format(axis=axis, style="sci", scilimits=(-2, 3), useMathText=True)
 
 
+def over_steps(axes: Axes, steps: NDArray[np.float64]) -> None:
+    """Whole optimizer steps on the horizontal axis, with room around a single one."""
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(_whole_numbers())
+    if len(steps) == 1:
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
+
+
+def _whole_numbers() -> MaxNLocator:
+    """Ticks at whole steps, as many as there is room for."""
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+
+
+@contextmanager
+def figures_of_width(width: float) -> Iterator[None]:
+    """Figures drawn within are ``width`` inches wide, and laid out for it: for a phone, or a column of a paper."""
+    token = _width.set(width)
+    try:
+        yield
+    finally:
+        _width.reset(token)
+
+
+def is_narrow() -> bool:
+    """Whether figures are now drawn too narrow for two panels side by side."""
+    return _width.get() < NARROW
+
+
+def place_legend(figure: Figure, axes: Axes, **options: Any) -> None:
+    """A legend where it covers least inside the axes, or below all axes of a narrow figure."""
+    if not is_narrow():
+        axes.legend(**LEGEND, **options)
+        return
+    if "handles" not in options:
+        options["handles"] = axes.get_legend_handles_labels()[0]
+    figure.legend(loc="outside lower left", **LEGEND, **options)
+
+
+def side_by_side(height: float, panels: int, **options: Any) -> tuple[Figure, NDArray[np.object_]]:
+    """A figure and its ``panels`` axes: beside each other, or below each other in a narrow one.
+
+    Args:
+        height: of one panel, inches.
+        panels: how many.
+        options: of ``Figure.subplots``.
+    """
+    stacked = is_narrow()
+    figure = new_figure(height * (panels if stacked else 1))
+    grid = figure.subplots(*((panels, 1) if stacked else (1, panels)), squeeze=False, **options)
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(wspace=0.08)  # type: ignore[call-arg]  # constrained
+    return figure, grid.ravel()
+
+
 def new_figure(height: float) -> Figure:
-    """An empty figure of this module's width; ``height`` in inches."""
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    """An empty figure, 7.5 inches wide but within :func:`figures_of_width`; ``height`` in inches."""
+    figure = Figure(figsize=(_width.get(), height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

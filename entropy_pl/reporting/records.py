@@ -5,9 +5,12 @@ A *record* is a JSON-able dict. Every probe's record has ``schema``, ``kind`` (`
 that was measured has the rest:
 
 * ``entropy``, ``first_order`` (per unit η), ``second_order`` (per unit η², or None): estimates, each with ``value``,
-  ``stderr``, ``ci_low``, ``ci_high``, ``ess``, ``n_sequences`` and so on, in nats;
+  ``stderr``, ``ci_low``, ``ci_high``, ``ess``, ``n_sequences`` and so on, in nats, and ``trustworthy``: false where
+  the importance weights behind it have collapsed (:attr:`entropy_pl.estimators.EntropyChange.trustworthy`);
 * ``sweep``: a list of ``{"eta", "taken", "true": estimate, "first_order": estimate, already multiplied by eta}``;
   the point with ``"taken": true`` is the step the optimizer really made;
+* ``untrustworthy_from``: the smallest |η| of the sweep whose ``true`` is not trustworthy, null where there is none;
+  ``message`` then says what to do, and ``status`` stays ``"ok"``;
 * ``eta_star``, ``update_norm``, ``reward``, ``normalize``, and whatever else its writer found worth keeping.
 
 Where attribution, rewards, predictors or counterfactual losses were asked for, a record has these as well:
@@ -40,6 +43,7 @@ and a file cut short still yields every member that is whole.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
@@ -47,14 +51,18 @@ import os
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
 from typing import Any
+
+from entropy_pl.reporting.record_shape import check_shape
 
 SCHEMA = 1
 """Version of the record format, written as ``schema``."""
 
 Record = dict[str, Any]
+"""What a probe or a measurement leaves behind, JSON-able; its keys are this module's subject."""
 
 GZIP_MAGIC = b"\x1f\x8b\x08"  # how every gzip member begins
 CHUNK = 1 << 16  # bytes decompressed at a time: what lies behind a member's end is copied once per member
@@ -63,9 +71,10 @@ CHUNK = 1 << 16  # bytes decompressed at a time: what lies behind a member's end
 class RecordWriter:
     """Appends records to a file of JSON lines.
 
-    Each record is one write of a full line, on disk (fsync) when :meth:`write` returns. What a killed run left
-    unfinished stays as it is, and the next record starts on a line, or a gzip member, of its own: :func:`read_records`
-    goes on behind the gap, where ``zcat`` stops. Nothing is kept open in between.
+    Each record is one write of a full line, on disk (fsync) when :meth:`write` returns. A write that fails leaves the
+    file as it was, so that it can be tried again. What a killed run left unfinished stays as it is, and the next record
+    starts on a line, or a gzip member, of its own: :func:`read_records` goes on behind the gap, where ``zcat`` stops.
+    Nothing is kept open in between.
 
     Args:
         path: the file to append to, compressed if its name ends in ``.gz``; it and its folders are made when first
@@ -84,7 +93,7 @@ class RecordWriter:
 
         Raises:
             TypeError: if the record is not a mapping, or holds something that JSON has no form for.
-            OSError: if the line could not be written in full.
+            OSError: if the line could not be written in full; what was written of it is taken back.
         """
         if not isinstance(record, Mapping):
             raise TypeError(f"expected a record (a mapping), got {type(record).__name__}")
@@ -93,24 +102,29 @@ class RecordWriter:
             line = gzip.compress(line, compresslevel=6, mtime=0)  # no clock: the same records give the same file
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b", buffering=0) as file:  # unbuffered: one system call per line
-            if not _compressed(self.path) and file.seek(0, os.SEEK_END):
+            end = file.seek(0, os.SEEK_END)
+            if not _compressed(self.path) and end:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     line = b"\n" + line
             try:
                 written = file.write(line)
                 os.fsync(file.fileno())
-            except OSError as error:  # which, of an open file, does not say its name
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-        if written != len(line):
-            raise OSError(f"expected to write {len(line)} bytes to {self.path}, wrote {written}: is the disk full?")
+                if written != len(line):
+                    raise OSError(errno.ENOSPC, f"expected to write {len(line)} bytes, wrote {written}: disk full?")
+            except BaseException as error:  # an interrupt as well: it is tried again, and would then stand there twice
+                with suppress(OSError):
+                    file.truncate(end)
+                if isinstance(error, OSError):  # which, of an open file, does not say its name
+                    raise OSError(error.errno, error.strerror, str(self.path)) from error
+                raise
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """The records of a file, in the order they were written.
 
-    Lines that are no record (unfinished, not JSON, of another schema) are left out, with a warning that names them; so
-    are the bytes of a ``.gz`` file that belong to no whole gzip member.
+    Lines that are no record (unfinished, not JSON, of another schema, with something else under a record's keys) are
+    left out, with a warning that names them; so are the bytes of a ``.gz`` file that belong to no whole gzip member.
 
     Args:
         path: a file written by :class:`RecordWriter`.
@@ -192,16 +206,25 @@ def latest_per_step(records: Sequence[Mapping[str, Any]]) -> list[Record]:
 
 
 def taken_point(record: Mapping[str, Any]) -> Record | None:
-    """The sweep's point at the step the optimizer really made, or None where that was not measured."""
+    """The sweep's point at the step the optimizer really made, or None where that was not measured.
+
+    Args:
+        record: one probe's record, or the results of an offline measurement.
+
+    Returns:
+        The entry of ``sweep`` with ``taken: true``.
+    """
     if record.get("status", "ok") != "ok":
         return None
     return next((point for point in record.get("sweep") or () if point.get("taken")), None)
 
 
 def number(mapping: Mapping[str, Any] | None, key: str) -> float:
-    """``mapping[key]`` as a float; NaN where it is absent, None or not finite."""
+    """``mapping[key]`` as a float; NaN where it is absent, None, not finite or larger than a float can be."""
     value = None if mapping is None else mapping.get(key)
-    return float(value) if isinstance(value, Real) and math.isfinite(value) else math.nan
+    with suppress(OverflowError):
+        return float(value) if isinstance(value, Real) and math.isfinite(value) else math.nan
+    return math.nan
 
 
 def _compressed(path: Path) -> bool:
@@ -241,11 +264,17 @@ def _member(view: memoryview, start: int) -> tuple[int, bytes]:
 
 
 def _parse(line: bytes) -> Record:
-    record = json.loads(line.decode(), parse_constant=lambda token: None)
+    try:
+        record = json.loads(line.decode(), parse_constant=lambda token: None)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
     if record.get("schema", SCHEMA) != SCHEMA:
         raise ValueError(f"expected schema {SCHEMA}, got {record['schema']!r}")
+    if b"\\ud" in line.lower():  # an escape of half a character, which no file or terminal takes
+        json.dumps(record, ensure_ascii=False).encode()
+    check_shape(record)
     return record
 
 

@@ -13,8 +13,9 @@ from rich.text import Text
 
 from entropy_pl.reporting.components import per_step
 from entropy_pl.reporting.records import latest_per_step, number, taken_point
+from entropy_pl.reporting.trust import UNTRUSTED, any_untrustworthy, untrustworthy
 
-DASH = "–"
+DASH, MARK = "–", "!"
 SIGNS = {"positive_advantage": "A > 0", "negative_advantage": "A < 0", "zero_advantage": "A = 0"}
 
 
@@ -40,7 +41,7 @@ def probe_table(records: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("reward", justify="right", no_wrap=True)
     for record in records:
         # Text, not str: a message such as "got [256, 48]" is no markup
-        cells = [Text(cell) for cell in _cells(record)]
+        cells = [Text(cell) for cell in probe_cells(record)]
         if taken_point(record) is None:
             for words in cells[1:3]:
                 words.justify = "left"
@@ -53,6 +54,9 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
 
     Args:
         record: one probe's record, or the results of an offline measurement.
+
+    Returns:
+        The table, for a console of rich's.
     """
     table = Table(
         title="Entropy change over step sizes", box=box.SIMPLE_HEAD, pad_edge=False, caption=_sweep_caption(record)
@@ -63,13 +67,12 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
         true, first_order = point.get("true"), point.get("first_order")
         value, predicted = number(true, "value"), number(first_order, "value")
         excess = value / predicted - 1 if predicted else math.nan
-        ess = number(true, "ess")
         table.add_row(
             f"{number(point, 'eta'):.3g}{' *' if point.get('taken') else ''}",
             with_error(value, number(true, "stderr")),
             with_error(predicted, number(first_order, "stderr")),
             DASH if math.isnan(excess) else f"{excess:+.2e}",
-            DASH if math.isnan(ess) else f"{ess:.0f}",
+            _effective(true),
         )
     return table
 
@@ -94,27 +97,38 @@ def attribution_table(record: Mapping[str, Any]) -> Group:
     parts.add_column("")
     for name in ("nats ± SE over E", "SE over U", "of δH₁"):
         parts.add_column(name, justify="right", no_wrap=True)
-    for name, part in _parts(record):
-        whole = number(per_step(record, "first_order"), "value")
-        value, over_u = number(part, "value"), number(part, "stderr_u")
-        parts.add_row(
-            Text(name),
-            with_error(value, number(part, "stderr")),
-            DASH if math.isnan(over_u) else f"{over_u:.1e}",
-            f"{round(100 * value / whole, 1) + 0.0:.1f} %" if whole and math.isfinite(value / whole) else DASH,
-        )
-    counterfactuals = record.get("counterfactuals") or {}
-    if not counterfactuals:
+    for name, *cells in attribution_cells(record):
+        parts.add_row(Text(name), *cells)
+    if not record.get("counterfactuals"):
         return Group(parts)
     others = Table(title="Under another loss", box=box.SIMPLE_HEAD, pad_edge=False)
     others.add_column("loss", overflow="fold")
     for name in ("ΔH ± SE", "minus the step's", "ΔJ ± SE"):
         others.add_column(name, justify="right", no_wrap=True)
-    taken = taken_point(record) or {}
-    for name, other in {"step taken": taken, **counterfactuals}.items():
-        estimates = [(other or {}).get(key) for key in ("true", "difference", "reward_true")]
-        others.add_row(Text(name), *(with_error(number(item, "value"), number(item, "stderr")) for item in estimates))
+    for name, *cells in counterfactual_cells(record):
+        others.add_row(Text(name), *cells)
     return Group(parts, others)
+
+
+def attribution_cells(record: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of the components' table: name, nats of the step taken with the error over E, that over U, share."""
+    whole = number(per_step(record, "first_order"), "value")
+    rows = []
+    for name, part in _parts(record):
+        value, over_u = number(part, "value"), number(part, "stderr_u")
+        error = DASH if math.isnan(over_u) else f"{over_u:.1e}"
+        share = f"{round(100 * value / whole, 1) + 0.0:.1f} %" if whole and math.isfinite(value / whole) else DASH
+        rows.append([name, with_error(value, number(part, "stderr")), error, share])
+    return rows
+
+
+def counterfactual_cells(record: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of the other losses' table, the step taken first: name, ΔH, ΔH minus the step's, ΔJ."""
+    rows = []
+    for name, other in {"step taken": taken_point(record), **(record.get("counterfactuals") or {})}.items():
+        estimates = [(other or {}).get(key) for key in ("true", "difference", "reward_true")]
+        rows.append([name, *(with_error(number(item, "value"), number(item, "stderr")) for item in estimates)])
+    return rows
 
 
 def _parts(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -139,6 +153,8 @@ def _sweep_caption(record: Mapping[str, Any]) -> str:
         parts.append(f"log-log slope {number(law, 'slope'):.4f}, R² {number(law, 'r_squared'):.6f}")
     if any(point.get("taken") for point in record.get("sweep") or ()):
         parts.append("* the step " + ("of the learning rate" if record.get("kind") == "measurement" else "taken"))
+    if any_untrustworthy(record.get("sweep") or ()):
+        parts.append(f"{MARK} ΔH {UNTRUSTED}")
     return ", ".join(parts)
 
 
@@ -166,14 +182,14 @@ def _exponent(value: float, digits: int) -> int:
     return int(f"{value:.{digits}e}".split("e")[1])
 
 
-def _cells(record: Mapping[str, Any]) -> list[str]:
+def probe_cells(record: Mapping[str, Any]) -> list[str]:
+    """One probe's row of the run's table: step, ΔH, δH₁, ESS, η*, reward; or step, status, message and dashes."""
     taken = taken_point(record)
     if taken is not None:
         true, first_order = taken.get("true"), taken.get("first_order")
         changes = [with_error(number(item, "value"), number(item, "stderr")) for item in (true, first_order)]
         changes = [change.replace(" ", "\N{NO-BREAK SPACE}") for change in changes]  # messages wrap, numbers do not
-        ess = number(true, "ess")
-        effective = DASH if math.isnan(ess) else f"{ess:.0f}"
+        effective = _effective(true)
     else:
         status = str(record.get("status"))
         changes = [status, record.get("message") or ("step taken not measured" if status == "ok" else "")]
@@ -185,6 +201,12 @@ def _cells(record: Mapping[str, Any]) -> list[str]:
         _shown(record, "eta_star", ".0e", error="eta_star_stderr"),
         _shown(record, "reward", ".3f"),
     ]
+
+
+def _effective(estimate: Mapping[str, Any] | None) -> str:
+    """Its effective sample size, marked where it is too small."""
+    ess = number(estimate, "ess")
+    return DASH if math.isnan(ess) else f"{ess:.0f}{MARK if untrustworthy(estimate) else ''}"
 
 
 def _shown(record: Mapping[str, Any], key: str, form: str, error: str | None = None) -> str:
@@ -202,4 +224,5 @@ def _caption(records: Sequence[Mapping[str, Any]]) -> str | None:
     sizes = {number(record.get("entropy"), "n_sequences") for record in records if record.get("entropy")}
     parts = [f"entropies in nats {unit.replace('_', ' ')}" for unit in units if len(units) == 1]
     parts += [f"ESS out of {size:.0f}" for size in sizes if len(sizes) == 1 and not math.isnan(size)]
+    parts += [f"{MARK} ΔH {UNTRUSTED}"] if any_untrustworthy(map(taken_point, records)) else []
     return ", ".join(parts) or None

@@ -33,6 +33,25 @@ def add_step_agreement(record: Record, earlier: Sequence[Mapping[str, Any]]) -> 
         predictor |= {"n_steps": len(pairs), **_correlations(*pairs.T)}
 
 
+def step_evidence(record: Mapping[str, Any]) -> Record:
+    """Of a probe's record what :func:`add_step_agreement` looks at: a run keeps it of every probe, so it is small.
+
+    Args:
+        record: one probe's.
+
+    Returns:
+        A record with the keys that agreement over steps is made of.
+    """
+    taken = taken_point(record)
+    return {
+        "kind": record.get("kind", "probe"),
+        "step": record.get("step"),
+        "lr": record.get("lr"),
+        "predictors": {name: {"step": (of or {}).get("step")} for name, of in (record.get("predictors") or {}).items()},
+        "sweep": [] if taken is None else [{"taken": True, "true": {"value": number(taken.get("true"), "value")}}],
+    }
+
+
 def _pair(record: Mapping[str, Any], name: str) -> tuple[float, float]:
     """What was predicted of a step, and what was measured."""
     predicted = number((record.get("predictors") or {}).get(name), "step")

@@ -13,5 +13,6 @@ from entropy_pl.studies import convergence, linear_regime, variance
 from entropy_pl.studies.study import Study, StudyOutcome, StudySettings
 
 STUDIES: dict[str, Study] = {study.name: study for study in (linear_regime.STUDY, variance.STUDY, convergence.STUDY)}
+"""The studies by name, as `entropy-pl study` knows them."""
 
 __all__ = ["STUDIES", "Study", "StudyOutcome", "StudySettings"]

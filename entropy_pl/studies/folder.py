@@ -13,12 +13,14 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from entropy_pl.config import ERROR_LOG
 from entropy_pl.measurements.engine import fingerprint_of
 from entropy_pl.measurements.results import CONFIG, as_yaml, refuse_another_config, versions, write_whole
 from entropy_pl.probe import timed
+from entropy_pl.progress import progress
 from entropy_pl.reporting import SCHEMA, Record, RecordWriter, read_records
 from entropy_pl.reporting.records import to_json
-from entropy_pl.studies.study import StudySettings, progress
+from entropy_pl.studies.study import StudySettings
 
 STUDY, CELLS = "study.json", "cells.jsonl"
 Row = dict[str, Any]
@@ -71,7 +73,7 @@ class StudyFolder:
             progress_bar: show one.
         """
         missing = {cell: job for cell, job in jobs.items() if cell not in self}
-        with progress(self.study, len(missing), "cell", progress_bar) as bar:
+        with progress(self.study, len(missing), "cell", shown=progress_bar) as bar:
             for cell, job in missing.items():
                 bar.set_postfix_str(cell)
                 seconds: dict[str, float] = {}
@@ -106,7 +108,7 @@ class StudyFolder:
     def _claim(self, identity: Mapping[str, Any]) -> dict[str, str]:
         """Take the folder for this study, or find that it is this study's; the versions it was begun with."""
         file = self.path / STUDY
-        own = {STUDY, CONFIG} if file.exists() else set()
+        own = {ERROR_LOG, STUDY, CONFIG} if file.exists() else {ERROR_LOG}
         found = {entry.name for entry in self.path.iterdir() if entry.suffix != ".tmp"} if self.path.exists() else set()
         if not found - own:  # a study that failed before anything was worth keeping leaves its folder to the next
             self.path.mkdir(parents=True, exist_ok=True)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+import pandas as pd
+
 from entropy_pl.estimators import EntropyChange, fit_power_law, linear_coefficient, linear_combination
+from entropy_pl.estimators.estimate import TRUSTED_ESS
 from entropy_pl.estimators.snis import Clusters
 from entropy_pl.measurements import EntropyMeasurements
 from entropy_pl.measurements.settings import PrecisionSettings
 from entropy_pl.probe import Precision, ProbeResult, timed
+from entropy_pl.progress import progress
 from entropy_pl.studies.figures import deviation_figure, power_law_figure
 from entropy_pl.studies.folder import Row, StudyFolder
 from entropy_pl.studies.report import Report
 from entropy_pl.studies.stored import drawn_once
-from entropy_pl.studies.study import Study, StudyOutcome, StudySettings, advance_by_phase, progress
+from entropy_pl.studies.study import Study, StudyOutcome, StudySettings, advance_by_phase
 
 NAME = "linear-regime"
 LINEAR = 0.01  # of η*: there curvature takes 1 % of the straight line
@@ -127,7 +131,7 @@ def run_linear_regime(settings: LinearRegimeSettings, *, progress_bar: bool = Tr
     missing = {key: cell for key, cell in cells.items() if cell not in folder}
     passes = settings.probe().passes(lr=1.0)
     total = measurements.draw_passes * len({seed for seed, _ in missing}) + passes * len(missing)
-    with progress(NAME, total, "pass", progress_bar) as bar:
+    with progress(NAME, total, "pass", shown=progress_bar) as bar:
         advance = advance_by_phase(bar)
         for (seed, precision), cell in missing.items():
             seconds: dict[str, float] = {}
@@ -279,9 +283,21 @@ def _report(folder: StudyFolder, settings: LinearRegimeSettings, cells: list[str
         + " The log-log line weighs every point alike, so one point in the rounding floor can spoil it.",
         "All precisions score the same tokens along the same v; completions and gradient were made in "
         f"{settings.precision.runtime_dtype}.",
+        *_collapsed(table, settings.batch_config.B_E),
     )
     text = fits[["seed", "precision", "loglog_slope", "r_squared", "first_order_deviation", "eta_star"]]
     return report.write(text)
+
+
+def _collapsed(table: pd.DataFrame, count: int) -> list[str]:
+    """A caveat of the step sizes whose importance weights have collapsed, where there are any."""
+    etas = table.loc[table["ess"] < TRUSTED_ESS * count, "eta"].abs()
+    if etas.empty:
+        return []
+    return [
+        f"From |η| = {etas.min():.3g} on the effective sample size is less than half of N = {count}: do not trust ΔH "
+        "there, whatever its interval."
+    ]
 
 
 STUDY = Study(

@@ -12,9 +12,10 @@ from entropy_pl.estimators import EntropyChange
 from entropy_pl.measurements import EntropyMeasurements
 from entropy_pl.policy import derived_seed
 from entropy_pl.probe import EntropyProbe, ProbeScores
+from entropy_pl.progress import progress
 from entropy_pl.studies.folder import StudyFolder
 from entropy_pl.studies.stored import drawn_once, scored_once
-from entropy_pl.studies.study import StudySettings, advance_by_phase, progress
+from entropy_pl.studies.study import StudySettings, advance_by_phase
 from entropy_pl.updates import UpdateVector
 
 DRAWN, SCORES = "pool_drawn.safetensors", "pool_scores.safetensors"
@@ -73,7 +74,7 @@ def pool_of(settings: StudySettings, folder: StudyFolder, *, features: bool, pro
     if features:
         settings = replace(settings, estimator=replace(settings.estimator, baseline="critic"))
     measurements = EntropyMeasurements(settings)
-    with progress("pool", measurements.passes, "pass", progress_bar) as bar:
+    with progress("pool", measurements.passes, "pass", shown=progress_bar) as bar:
         advance = advance_by_phase(bar)
         drawn = drawn_once(folder.path / DRAWN, measurements, settings, on_pass=advance)
         scores = scored_once(folder.path / SCORES, lambda: measurements.score(drawn, on_pass=advance))

@@ -72,7 +72,9 @@ class Report:
         report = folder.path / REPORT
         report.write_text("\n\n".join(self._parts) + "\n")
         text = shown.to_string(index=False, float_format=lambda number: f"{number:.6g}", na_rep="")
-        names = " ".join(path.name for path in [*self._tables, *self._figures])
+        made = {path.name for path in [*self._tables, *self._figures]}
+        kept = {path.name for path in folder.path.iterdir()} - made - {REPORT}
+        names = " ".join([*(path.name for path in [*self._tables, *self._figures]), *sorted(kept)])
         return StudyOutcome(
             folder.path, self._tables, self._figures, report, f"{text}\n\nreport   {report}\nbeside   {names}"
         )

@@ -14,7 +14,12 @@ from entropy_pl.measurements import MeasurementSettings
 
 @dataclass(frozen=True)
 class StudySettings(MeasurementSettings):
-    """A measurement's settings, for a study of many; `output_directory` is the study's own folder."""
+    """A measurement's settings, for a study of many; `output_directory` is the study's own folder.
+
+    Raises:
+        ValueError: as :class:`~entropy_pl.measurements.MeasurementSettings`, without an output directory, or for what
+            only a single measurement can do.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,11 +74,6 @@ class Study:
     description: str
     settings: type[StudySettings]
     run: Callable[..., StudyOutcome]
-
-
-def progress(description: str, total: int, unit: str, shown: bool) -> tqdm[Any]:
-    """A bar with the time left; none without a terminal."""
-    return tqdm(desc=description, total=total, unit=unit, leave=False, disable=None if shown else True)
 
 
 def advance_by_phase(bar: tqdm[Any]) -> Callable[[str], None]:

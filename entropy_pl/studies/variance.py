@@ -12,8 +12,8 @@ from torch import Tensor
 from entropy_pl.estimators import jackknife_standard_error, linear_combination
 from entropy_pl.studies.figures import error_bars_figure, variance_ratio_figure
 from entropy_pl.studies.folder import Row, StudyFolder
-from entropy_pl.studies.options import DEFAULT_OPTIONS, EstimatorOption, PoolEstimates, Quantity, variance_ratio
-from entropy_pl.studies.pool import Pool, check_sizes, pool_of, pool_sizes
+from entropy_pl.studies.options import DEFAULT_OPTIONS, EstimatorOption, PoolEstimates, variance_ratio
+from entropy_pl.studies.pool import Pool, Quantity, check_sizes, pool_of, pool_sizes
 from entropy_pl.studies.report import Report
 from entropy_pl.studies.study import Study, StudyOutcome, StudySettings
 from entropy_pl.studies.variance_table import variance_table

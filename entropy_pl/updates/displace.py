@@ -20,7 +20,10 @@ def parameters_named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Par
     parameters = dict(model.named_parameters())
     unknown = sorted(set(names) - parameters.keys())
     if unknown:
-        raise KeyError(f"expected names of the model's parameters, got {unknown[:3]} ({len(unknown)} unknown)")
+        raise KeyError(
+            f"expected names of the model's parameters, got {unknown[:3]} ({len(unknown)} unknown): take the update "
+            "of this very model, by the names that its named_parameters() gives"
+        )
     return {name: parameters[name] for name in names}
 
 
@@ -29,6 +32,10 @@ def parameters_set_to(model: nn.Module, values: Mapping[str, Tensor]) -> Iterato
     """Hold ``values`` in the named parameters; on leaving, even by an error, the very tensors of before are back.
 
     The parameters' storage is exchanged rather than written to, so nothing is rounded or copied on the way back.
+
+    Args:
+        model: any module.
+        values: by parameter name.
 
     Raises:
         KeyError: if the model has no parameter of a name.
@@ -40,26 +47,49 @@ def parameters_set_to(model: nn.Module, values: Mapping[str, Tensor]) -> Iterato
             raise ValueError(f"expected {name} of shape {list(parameters[name].shape)}, got {list(value.shape)}")
     kept = {name: parameters[name].data for name in values}
     try:
-        for name, value in values.items():
-            parameters[name].data = value.to(kept[name].device)
-        yield
-    finally:
-        for name, data in kept.items():
-            parameters[name].data = data
+        try:
+            for name, value in values.items():
+                parameters[name].data = value.to(kept[name].device)
+            yield
+        finally:
+            _put_back(parameters, kept)
+    except BaseException:  # once more, for an interrupt in the midst of it
+        _put_back(parameters, kept)
+        raise
+
+
+def _put_back(parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
+    for name, data in kept.items():
+        parameters[name].data = data
 
 
 @contextmanager
 def displaced(model: nn.Module, update: UpdateVector, eta: float) -> Iterator[None]:
-    """The model at θ+ηv, formed in float64 and rounded once to the parameter's dtype, float32 at the least."""
+    """The model at θ+ηv, formed in float64 and rounded once to the parameter's dtype, float32 at the least.
+
+    Args:
+        model: the policy at θ.
+        update: v.
+        eta: η.
+
+    Raises:
+        KeyError: if the model has no parameter of a name in v.
+        ValueError: if v has another shape than a parameter of its name.
+    """
     values = {
-        name: _moved(parameter.data, update.direction[name], eta)
+        name: _moved(name, parameter.data, update.direction[name], eta)
         for name, parameter in parameters_named(model, update.direction).items()
     }
     with parameters_set_to(model, values):
         yield
 
 
-def _moved(theta: Tensor, direction: Tensor, eta: float) -> Tensor:
+def _moved(name: str, theta: Tensor, direction: Tensor, eta: float) -> Tensor:
     """One parameter's θ+ηv; nothing in float64 outlives it."""
+    if direction.shape != theta.shape:
+        raise ValueError(
+            f"expected v of {name} of shape {list(theta.shape)}, got {list(direction.shape)}: take the update of this "
+            "very model"
+        )
     moved = theta.double() + eta * direction.to(theta.device, torch.float64)
     return moved.to(torch.promote_types(theta.dtype, torch.float32))

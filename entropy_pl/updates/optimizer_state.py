@@ -12,6 +12,7 @@ from torch import Tensor
 
 from entropy_pl.updates.adamw import AdamMoments, AdamSettings
 from entropy_pl.updates.names import unwrapped
+from entropy_pl.updates.saved_form import check_form, check_numbers
 
 # Transformers' and PEFT's outer models, which some savers leave out of a name.
 OUTER_MODELS = frozenset(("model", "base_model"))
@@ -97,6 +98,8 @@ def match_optimizer_state(
     groups, entries = _read(saved)
     for entry in entries:
         _check_adam(entry.state, groups[entry.group])
+    for number, group in enumerate(groups):
+        check_numbers(group, number)
     settings = [AdamSettings.of(group, decoupled=decoupled is not False) for group in groups]
     _check_decay(settings, decoupled)
     matched_by: Literal["name", "position", "shape"]
@@ -127,6 +130,7 @@ def _read(saved: Mapping[str, Any]) -> tuple[list[Mapping[str, Any]], list[_Entr
             "that part of the checkpoint (Lightning: checkpoint['optimizer_states'][0]; Hugging Face's Trainer: "
             "optimizer.pt), of a sharded optimizer the gathered full state"
         )
+    check_form(saved)
     entries = []
     for number, group in enumerate(saved["param_groups"]):
         keys = group["params"]

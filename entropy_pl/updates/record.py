@@ -213,6 +213,9 @@ def record_update(model: nn.Module, optimizer: Stepping, *, moments: bool = Fals
             (:func:`~entropy_pl.updates.steps.watch_steps`).
         moments: keep the moments of before the step too, for :meth:`UpdateRecorder.step_with`.
 
+    Yields:
+        The recorder, whose ``update`` is there when the block has ended.
+
     Raises:
         TypeError: if there is no ``step()`` or no ``param_groups``.
         ValueError: if the optimizer holds no trainable parameter of the model.

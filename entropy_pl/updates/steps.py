@@ -107,6 +107,9 @@ def watch_steps(optimizer: object, before: Callable[[], object], after: Callable
         before: called without arguments.
         after: likewise; parameters, gradients, state and learning rate are those of the step.
 
+    Returns:
+        The handle to stop watching by.
+
     Raises:
         TypeError: if there is no ``step()`` or no ``param_groups``.
     """
@@ -124,6 +127,12 @@ def watch_steps(optimizer: object, before: Callable[[], object], after: Callable
 def inner_optimizer(optimizer: object) -> Stepping:
     """The optimizer inside wrappers that keep it in ``.optimizer``: it has the state. Without wrapper, itself.
 
+    Args:
+        optimizer: any wrapper, or none.
+
+    Returns:
+        The innermost object with ``step()`` and ``param_groups``.
+
     Raises:
         TypeError: if there is no ``step()`` or no ``param_groups``.
     """
@@ -140,6 +149,12 @@ def was_skipped(optimizer: object) -> bool:
     A fused optimizer under a ``torch.amp.GradScaler`` is always called, hooks and all: ``found_inf`` is a tensor on it
     for the time of the call, and its kernel moves nothing where that is not zero (torch/amp/grad_scaler.py). A step
     that is done leaves the gradients unscaled in place.
+
+    Args:
+        optimizer: the one that was called.
+
+    Returns:
+        False for every optimizer that is not fused, or without a gradient scaler.
     """
     found_inf = getattr(inner_optimizer(optimizer), "found_inf", None)
     return found_inf is not None and bool(found_inf)

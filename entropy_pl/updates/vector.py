@@ -110,6 +110,25 @@ class UpdateVector:
         """Euclidean norm over all parameters."""
         return math.sqrt(self.dot(self))
 
+    def checked_norm(self) -> float:
+        """The norm of an update that can be measured.
+
+        Raises:
+            ValueError: naming the first parameter whose direction is NaN or infinite.
+        """
+        norm = self.norm()
+        if not math.isfinite(norm):  # squares of finite numbers may overflow, too
+            for name, value in self.direction.items():
+                bad = int((~value.isfinite()).sum())
+                if bad:
+                    raise ValueError(
+                        f"expected a finite update, got NaN or infinity in {bad} of {value.numel()} numbers of {name}: "
+                        "the step has spoilt the policy, or the policy was spoilt before it. Look at the loss and its "
+                        "gradient (`detect_anomaly` of PyTorch finds where it began), and go on from an earlier "
+                        "checkpoint"
+                    )
+        return norm
+
     def dot(self, other: UpdateVector) -> float:
         """Inner product of two directions.
 

@@ -7,7 +7,7 @@ import torch
 from steps import log_probs, random_rollout, take_steps
 
 from entropy_pl import token_stats_jvp
-from entropy_pl.attribution import token_standard_errors
+from entropy_pl.attribution import influence_matrix, token_standard_errors
 from entropy_pl.estimators import first_order_delta_entropy
 from entropy_pl.policy.precision import float64_evaluation
 from entropy_pl.updates import UpdateVector
@@ -52,6 +52,19 @@ def test_one_block_per_prompt_is_the_clustered_influence(step, normalize):
             assert float(found[u, k]) == pytest.approx(exact.stderr, rel=0.2)
             checked += 1
     assert checked >= 3
+
+
+@pytest.mark.parametrize("normalize", ["per_token", "per_sequence"])
+def test_of_a_single_token_it_is_the_matrix_s(step, normalize):
+    """With one block per prompt, and a loss of every completion's first token alone: the same in another way."""
+    first = step.coefficients.clone()
+    first[:, 1:] = 0
+    options = {"token_coefficients": first, "normalize": normalize}
+    with float64_evaluation(step.model):
+        found = token_standard_errors(step.model, step.e, step.u, step.update, blocks=100, **options)
+        matrix = influence_matrix(step.model, step.e, step.u, step.update, **options)
+    assert (matrix.stderr > 0).all()
+    torch.testing.assert_close(found[:, 0], matrix.stderr, rtol=1e-8, atol=0)  # float64, forward against reverse mode
 
 
 def test_few_blocks_scatter_about_it(step):

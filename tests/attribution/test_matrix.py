@@ -1,4 +1,4 @@
-"""The E×U matrix against the closed form of DESIGN §1, and its error bars against exact ones."""
+"""The E×U matrix against the closed form of docs/theory.md, §11, and its error bars against exact ones."""
 
 from __future__ import annotations
 

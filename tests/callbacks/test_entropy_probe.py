@@ -142,6 +142,7 @@ def test_summary_names_the_files(tmp_path, capsys):
     assert "tensorboard --logdir" in shown
     assert (Path(trainer.log_dir) / "entropy_probe/delta_entropy.png").stat().st_size > 10_000
     assert str(Path(trainer.log_dir) / "entropy_probe/delta_entropy.png") in shown
+    assert f"report   entropy-pl report {trainer.log_dir}\n" in shown
 
 
 def test_the_step_really_taken_is_in_every_sweep(tmp_path):

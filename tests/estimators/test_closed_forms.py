@@ -47,7 +47,7 @@ def test_true_change_is_its_definition_in_loops(normalize, weighting, integrand)
 @pytest.mark.parametrize("weighting", WEIGHTING)
 @pytest.mark.parametrize("with_baseline", [False, True])
 def test_first_order_is_the_closed_form(normalize, weighting, with_baseline):
-    """D_i of DESIGN §1, in loops: pathwise term plus score times centred entropy (to go)."""
+    """D_i of docs/theory.md, §4, in loops: pathwise term plus score times centred entropy (to go)."""
     base, tangent = ragged()
     h, m, sdot, hdot = (x.double().numpy() for x in (base.entropy, base.mask, tangent.logp, tangent.entropy))
     baseline = ragged(5)[0].entropy if with_baseline else None

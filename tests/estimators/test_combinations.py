@@ -48,6 +48,16 @@ def test_one_term_is_itself():
     assert minus_two == pytest.approx(estimate.scaled(-2.0).to_dict())
 
 
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_another_standard_error_has_the_interval_of_its_size(confidence):
+    estimate = entropy_estimate(ragged()[0], confidence=confidence)
+    wider = estimate.with_stderr(1.5 * estimate.stderr)
+    reach = stats.t.ppf(0.5 + confidence / 2, N - 1) * 1.5 * estimate.stderr
+    assert wider.value == estimate.value
+    assert wider.stderr == 1.5 * estimate.stderr
+    assert (wider.ci_low, wider.ci_high) == pytest.approx((estimate.value - reach, estimate.value + reach), rel=1e-12)
+
+
 def test_shared_noise_cancels():
     base, change = ragged()
     estimate = snis_delta_entropy(base, plus(base, change))

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from enumeration import EOS, PROMPTS, Enumeration
-from samples import ETA, at, prefix_numbers
-from test_critic_enumeration import WIDTH, resampled, sampled
+from enumeration import Enumeration
+from samples import ETA, at, exact_reward, exact_reward_slope, prefix_features, rewards_of
+from test_critic_enumeration import sampled
 from torch import Tensor
 
 from entropy_pl.estimators import (
@@ -22,23 +22,12 @@ from entropy_pl.estimators import (
 
 @pytest.fixture(scope="module")
 def rewards(enumeration: Enumeration) -> Tensor:
-    """One reward per row: 1 for a completion that ends by itself, and something of its own."""
-    ended = (enumeration.rollout.completion_ids == EOS).any(1).double()
-    return ended + 0.3 * torch.randn(len(ended), generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    return rewards_of(enumeration)
 
 
 @pytest.fixture(scope="module")
 def hidden(enumeration: Enumeration) -> Tensor:
-    """A random vector per prefix, ``[rows, T, WIDTH]``."""
-    numbers = prefix_numbers(enumeration)
-    table = torch.randn(int(numbers.max()) + 1, WIDTH, generator=torch.Generator().manual_seed(3))
-    return table[numbers]
-
-
-def exact_reward(enumeration: Enumeration, rewards: Tensor, eta: float) -> float:
-    """J(π_{θ+ηv}) from the definition, Σ π R over completions."""
-    with enumeration.at(eta), torch.no_grad():
-        return float((enumeration.sequence_log_probs()[0].exp() * rewards).sum()) / len(PROMPTS)
+    return prefix_features(enumeration)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +37,7 @@ def change(enumeration, rewards) -> float:
 
 @pytest.fixture(scope="module")
 def slope(enumeration, rewards) -> float:
-    step = 1e-4  # float64 through the definition: off by step² of a third derivative, 1e-8, far below any stderr here
-    return (exact_reward(enumeration, rewards, step) - exact_reward(enumeration, rewards, -step)) / (2 * step)
+    return exact_reward_slope(enumeration, rewards)
 
 
 def test_the_reward_is_the_enumerated_one(enumeration, scored, drawn, rewards):
@@ -88,19 +76,3 @@ def test_the_low_variance_change_is_the_enumerated_one(scored, hidden, drawn, re
         found = low_variance_delta_entropy(true, matched, low, ETA)
         assert abs(found.value - change) / found.stderr < 4
         assert found.stderr < share * true.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["true change", "none", "position", "critic"])
-def test_intervals_cover(enumeration, scored, hidden, rewards, change, slope, kind):
-    """95 % intervals hold the truth in 92.5–97.5 % of 2,000 resamples at N = 256."""
-    exact, covered, resamples = change if kind == "true change" else slope, 0, 2000
-    for rows in resampled(enumeration, 256, resamples, seed=2):
-        if kind == "true change":
-            estimate = snis_delta_reward(*at(scored, rows, "base", "shifted"), rewards[rows])
-        else:
-            base, first, features = sampled(scored, hidden, rows)
-            baseline = reward_baseline(kind, base, rewards[rows], features=features)
-            estimate = first_order_delta_reward(base, first, rewards[rows], baseline=baseline)
-        covered += estimate.ci_low <= exact <= estimate.ci_high
-    assert 0.925 <= covered / resamples <= 0.975

@@ -7,7 +7,7 @@ import random
 import pytest
 from scipy import stats
 
-from entropy_pl.reporting import add_step_agreement
+from entropy_pl.reporting import add_step_agreement, step_evidence
 
 PREDICTED, MEASURED, RATES = [0.1, -0.3, 0.2, 0.5, -0.1], [1e-3, -2e-3, 5e-4, 4e-3, 1e-3], [1.0, 1.0, 0.5, 1.0, 2.0]
 
@@ -27,9 +27,10 @@ def run() -> list[dict]:
     return [record(10 * i, *numbers) for i, numbers in enumerate(zip(PREDICTED, MEASURED, RATES, strict=True))]
 
 
-def test_correlations_over_the_steps_so_far():
+@pytest.mark.parametrize("kept", [dict, step_evidence], ids=["records", "evidence"])
+def test_correlations_over_the_steps_so_far(kept):
     *earlier, last = run()
-    add_step_agreement(last, earlier)
+    add_step_agreement(last, [kept(other) for other in earlier])
     found = last["predictors"]["cui"]
     per_rate = [m / lr for m, lr in zip(MEASURED, RATES, strict=True)]
     assert found["n_steps"] == 5

@@ -56,6 +56,15 @@ def test_scaled():
     assert vector(1.0, 2.0, 3.0).scaled(2.0).components is None
 
 
+def test_along_a_gradient_by_hand():
+    parts = {"momentum": {"w": torch.tensor([1.0, 0.0])}, "gradient": vector(0.0, 2.0, 3.0).direction}
+    gradient = {"w": torch.tensor([5.0, -7.0]), "b": torch.tensor([[11.0]]), "of another": torch.ones(3)}
+    whole, by_part = vector(1.0, 2.0, 3.0, components=parts).along(gradient)
+    assert whole == 5 - 14 + 33
+    assert by_part == {"momentum": 5, "gradient": -14 + 33}
+    assert vector(1.0, 2.0, 3.0).along(gradient) == (whole, {})
+
+
 def test_gap_is_what_the_parts_leave():
     parts = {"gradient": vector(2.0, 3.0, 0.0).direction}
     assert vector(2.0, 3.0, 6.0, components=parts).gap() == pytest.approx(6 / 7)

@@ -1,0 +1,205 @@
+"""What a run left in its folder, read for a report: nothing in it is executed, and what is damaged is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from entropy_pl.reporting.records import Record, read_records
+from entropy_pl.reporting.run_figures import Curve
+
+FOLDER, RECORDS, RESULTS = "entropy_probe", "records.jsonl", "results.json"
+CURVES = ("reward", "entropy")
+OURS = "entropy_probe/"  # tags that are the records' own numbers
+EVENTS, METRICS = "events.out.tfevents.*", "metrics.csv"
+LONGEST = 200_000  # characters of a config
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's records, and what lies beside them.
+
+    Args:
+        path: the run's folder.
+        probe: the folder of its records.
+        records: as they were written; of an offline measurement its results alone.
+        damaged: a line of text for everything that could not be read.
+        config_text: the run's ``config.yaml``, or ``hparams.yaml``; empty where there is none.
+        config: the same, as far as it is plain YAML.
+        curves: what the trainer logged as reward and entropy, from its TensorBoard event files or ``metrics.csv``.
+        token_files: attributed tokens by step, as :meth:`.AttributedTokens.save` writes them; None for an update of no
+            step.
+        token_pages: pages of them by step.
+    """
+
+    path: Path
+    probe: Path
+    records: list[Record] = field(repr=False)
+    damaged: list[str] = field(default_factory=list)
+    config_text: str = field(default="", repr=False)
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
+    curves: dict[str, Curve] = field(default_factory=dict, repr=False)
+    token_files: dict[int | None, Path] = field(default_factory=dict, repr=False)
+    token_pages: dict[int | None, Path] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_measurement(self) -> bool:
+        """Whether it is one offline measurement's rather than a training run's."""
+        return any(record.get("kind") == "measurement" for record in self.records)
+
+
+def read_run(path: str | os.PathLike[str]) -> RunFolder:
+    """Everything a report shows.
+
+    Args:
+        path: a run's folder (Lightning's ``version_0``, a Trainer's ``output_dir``), one that holds a single such
+            folder, the folder ``entropy_probe`` itself, or the output folder of ``entropy-pl measure``.
+
+    Raises:
+        ValueError: if there are no records in it, or those of several runs.
+    """
+    run, file = _find(Path(path))
+    damaged: list[str] = []
+    records = _measurement(file) if file.name == RESULTS else _probes(file, damaged)
+    text, config = _config(run, damaged)
+    probe = file.parent
+    files, pages = _tokens(probe, records, "npz"), _tokens(probe, records, "html")
+    return RunFolder(run, probe, records, damaged, text, config, _curves(run, damaged), files, pages)
+
+
+def _find(path: Path) -> tuple[Path, Path]:
+    """The run's folder, and the file of its records or results."""
+    expected = f"expected a run's folder with {FOLDER}/{RECORDS}, got {path}"
+    if not path.exists():
+        raise ValueError(f"{expected}: there is no such folder")
+    if not path.is_dir():
+        if path.name not in (RECORDS, RESULTS):
+            raise ValueError(f"{expected}, which is a file: give the folder it lies in")
+        path = path.parent
+    for file in (path / FOLDER / RECORDS, path / RECORDS, path / RESULTS):
+        if file.is_file():
+            return (path.parent if path.name == FOLDER else path), file
+    found = sorted({file.parents[1] for steps in ("*", "*/*") for file in path.glob(f"{steps}/{FOLDER}/{RECORDS}")})
+    if not found:
+        inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"{expected}, which holds {inside}: give the folder of a run that a probe was attached to, or the "
+            "output_directory of entropy-pl measure"
+        )
+    if len(found) > 1:
+        names = ", ".join(str(run) for run in found[:8]) + (", ..." if len(found) > 8 else "")
+        raise ValueError(f"expected the folder of one run, got {path}, which holds {len(found)}: give one of {names}")
+    return found[0], found[0] / FOLDER / RECORDS
+
+
+def _measurement(file: Path) -> list[Record]:
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected {file} to hold the results of a measurement, got no JSON: {error}") from error
+    if not isinstance(results, dict) or results.get("kind") != "measurement":
+        raise ValueError(f"expected {file} to hold the results of a measurement, got something else")
+    return [results]
+
+
+def _probes(file: Path, damaged: list[str]) -> list[Record]:
+    """The records of all probes; lines that are none go to ``damaged``."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        records = read_records(file)
+    damaged += [str(warning.message) for warning in caught]
+    probes = [record for record in records if record.get("kind", "probe") == "probe"]
+    whole = [record for record in probes if type(record.get("step")) is int]
+    if len(whole) < len(probes):
+        count = len(probes) - len(whole)
+        damaged.append(f"{file}: records without a whole number as their step were left out: {count}")
+    return whole
+
+
+def _config(run: Path, damaged: list[str]) -> tuple[str, dict[str, Any]]:
+    for file in (run / "config.yaml", run / "hparams.yaml"):
+        if not file.is_file():
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")[:LONGEST]
+            config = yaml.safe_load(text)
+        except (OSError, UnicodeDecodeError) as error:
+            damaged.append(f"{file} could not be read: {error}")
+        except (yaml.YAMLError, RecursionError, ValueError) as error:  # tags of Python's own, which stay text
+            damaged.append(f"{file} is no plain YAML, and is shown as it is: {type(error).__name__}")
+            return text, {}
+        else:
+            return text, config if isinstance(config, dict) else {}
+    return "", {}
+
+
+def _tokens(probe: Path, records: list[Record], ending: str) -> dict[int | None, Path]:
+    """Files of attributed tokens by step: one of a measurement, one of every probe of a run."""
+    if (alone := probe / f"attribution.{ending}").is_file():
+        return {records[0].get("step"): alone}
+    numbered = [(file.stem.removeprefix("step_"), file) for file in sorted(probe.glob(f"attribution/step_*.{ending}"))]
+    return {int(step): file for step, file in numbered if step.isdecimal()}
+
+
+def _curves(run: Path, damaged: list[str]) -> dict[str, Curve]:
+    """Reward and entropy as the trainer logged them; a resumed run's as it finally went."""
+    points: dict[str, list[tuple[float, float, float]]] = {name: [] for name in CURVES}
+    for read, file in [
+        *((_from_events, file) for file in sorted(run.rglob(EVENTS))),
+        *((_from_csv, file) for file in sorted(run.glob(METRICS))),
+    ]:
+        try:
+            for name, *point in read(file):
+                points[name].append((point[0], point[1], point[2]))
+        except Exception as error:  # whatever protocol buffers and csv fail with on a damaged file
+            damaged.append(f"{file} could not be read: {type(error).__name__}: {error}")
+    curves = {}
+    for name, found in points.items():
+        kept: list[tuple[float, float]] = []
+        for _, step, value in sorted(found, key=lambda point: point[0]):  # by the clock
+            while kept and kept[-1][0] >= step:
+                kept.pop()
+            kept.append((step, value))
+        if kept:
+            steps, values = np.array(kept, dtype=float).T
+            curves[name] = (steps, values)
+    return curves
+
+
+def _curve_of(tag: str) -> str | None:
+    """Which curve a tag is: ``reward`` of ``train/reward``; of the probe's own tags, none."""
+    name = tag.rpartition("/")[2]
+    return name if name in CURVES and not tag.startswith(OURS) else None
+
+
+def _from_events(file: Path) -> Iterator[tuple[str, float, float, float]]:
+    """Name, time, step and value of every point of an event file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    keep = {"scalars": 0, "images": 1, "tensors": 1, "histograms": 1, "compressedHistograms": 1, "audio": 1}
+    events = EventAccumulator(str(file), size_guidance=keep).Reload()
+    for tag in events.Tags()["scalars"]:
+        if (name := _curve_of(tag)) is not None:
+            for event in events.Scalars(tag):
+                if math.isfinite(event.value):
+                    yield name, event.wall_time, event.step, event.value
+
+
+def _from_csv(file: Path) -> Iterator[tuple[str, float, float, float]]:
+    """The same of Lightning's ``metrics.csv``, in the order of its rows."""
+    with open(file, newline="", encoding="utf-8") as lines:
+        for row, cells in enumerate(csv.DictReader(lines)):
+            for tag, cell in cells.items():
+                name = _curve_of(tag or "")
+                if name is not None and cell and cells.get("step") and math.isfinite(float(cell)):
+                    yield name, float(row), float(cells["step"]), float(cell)

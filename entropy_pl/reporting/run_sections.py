@@ -1,0 +1,469 @@
+"""The sections of a run's page, each a list of its parts: paragraphs, points, pictures, tables, links."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from entropy_pl.reporting.attributed import AttributedTokens
+from entropy_pl.reporting.attribution_figures import (
+    components_figure,
+    exchange_rate_figure,
+    influence_scatter_figure,
+    influence_share_figure,
+)
+from entropy_pl.reporting.figures import delta_entropy_figure, eta_sweep_figure, units_of
+from entropy_pl.reporting.page import minus, signed
+from entropy_pl.reporting.page_images import picture
+from entropy_pl.reporting.records import Record, latest_per_step, number, taken_point
+from entropy_pl.reporting.run_figures import (
+    calibration_figure,
+    ess_figure,
+    ess_fraction,
+    step_size_figure,
+    training_figure,
+)
+from entropy_pl.reporting.run_folder import RunFolder
+from entropy_pl.reporting.table import DASH, attribution_cells, counterfactual_cells, probe_cells
+from entropy_pl.reporting.trust import UNTRUSTED, any_untrustworthy
+from entropy_pl.reporting.visible_text import shortened, visible
+from entropy_pl.version import __version__
+
+SWEEPS = 8  # sweeps of step sizes that are drawn, the last one unfolded
+ROWS = 200  # of any table or list
+LINKS = 60  # pages of attributed tokens that are linked to
+MESSAGE = 600  # characters of a message
+SETTINGS = {  # what a record says of how it was measured
+    "normalize": "entropies are",
+    "weighting": "importance weights",
+    "integrand": "integrand",
+    "baseline": "baseline",
+    "method": "tangents by",
+    "confidence": "confidence level",
+    "temperature": "temperature",
+    "precision": "precision",
+    "clip_log_weight": "log-weights clipped at",
+    "processes": "processes",
+    "device": "device",
+}
+OF_CONFIG = {  # and what the run's config says of the run
+    "policy": ("model.policy.name", "checkpoint.checkpoint_path"),
+    "data": ("data.dataset", "batch_config.dataset_name"),
+    "advantage": ("model.advantage", "advantage"),
+    "loss": ("model.loss_type", "loss_type"),
+    "optimizer": ("model.optimizer.class_path",),
+    "steps to take": ("trainer.max_steps",),
+    "seed": ("seed_everything", "seed"),
+}
+PREDICTORS = {"pearson": "r, tokens", "spearman": "ρ, tokens", "step_pearson": "r, steps", "step_spearman": "ρ, steps"}
+
+
+def sections_of(run: RunFolder, home: Path) -> dict[str, Callable[[], list[Record]]]:
+    """The page's headings in their order, each with what makes its parts.
+
+    Args:
+        run: as :func:`.read_run` found it; an offline measurement has nothing over steps.
+        home: folder of the page, for its links.
+    """
+    over_steps: dict[str, Callable[[], list[Record]]] = {
+        "Reward and entropy": partial(_training, run),
+        "Entropy change per step": partial(_changes, run),
+        "ΔH against δH₁": partial(_calibration, run),
+        "How far first order reaches": partial(_reach, run),
+        "Effective sample size": partial(_effective, run),
+    }
+    return {
+        "What was run": partial(_what_was_run, run),
+        **({} if run.is_measurement else over_steps),
+        "Step sizes": partial(_sweeps, run),
+        "Who moved the entropy": partial(_causes, run, home),
+        "What went wrong": partial(_failures, run),
+        "Time": partial(_time, run),
+    }
+
+
+def _probes(run: RunFolder) -> list[Record]:
+    """The run as it finally went, or the one measurement."""
+    return run.records if run.is_measurement else latest_per_step(run.records)
+
+
+def _measured(run: RunFolder) -> list[Record]:
+    return [record for record in _probes(run) if _is_ok(record) and record.get("sweep")]
+
+
+def _is_ok(record: Mapping[str, Any]) -> bool:
+    return record.get("status", "ok") == "ok"
+
+
+# --------------------------------------------------------------------------------------------------------- what was run
+
+
+def _what_was_run(run: RunFolder) -> list[Record]:
+    probes, measured = _probes(run), _measured(run)
+    rows = [("folder", str(run.path))]
+    rows += [(name, found) for name, keys in OF_CONFIG.items() if (found := _looked_up(run.config, keys)) is not None]
+    if probes and not run.is_measurement:
+        counts = Counter(str(record.get("status", "ok")) for record in probes)
+        rows.append(
+            ("probes", f"{len(probes)}, of which " + ", ".join(f"{n} {status}" for status, n in counts.items()))
+        )
+        rows.append(("optimizer steps", f"{probes[0]['step']} to {probes[-1]['step']}"))
+    rates = [rate for record in probes if math.isfinite(rate := number(record, "lr"))]
+    if rates:
+        low, high = f"{min(rates):.3g}", f"{max(rates):.3g}"
+        rows.append(("learning rate", low if low == high else f"{low} to {high}"))
+    rows += _of_a_probe(measured[-1]) if measured else []
+    versions = dict(probes[-1].get("versions") or {}) if probes else {}
+    name, is_version, version = run.config_text.partition("\n")[0].removeprefix("# ").partition("==")
+    if is_version:  # Lightning's note above its config
+        versions.setdefault(name, version)
+    if versions:
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    rows.append(("page drawn by", f"entropy_pl {__version__}"))
+    parts = [
+        _list(_in_short(run)),
+        _table([], [[name, shortened(value, MESSAGE)] for name, value in rows], "name value"),
+    ]
+    if run.config_text:
+        lines = "\n".join(visible(line) for line in run.config_text.split("\n"))
+        parts.append({"folded": "the whole config", "open": False, "parts": [{"verbatim": lines}]})
+    return parts
+
+
+def _of_a_probe(record: Record) -> list[tuple[str, str]]:
+    entropy, prompts = record.get("entropy"), record.get("e_prompts") or {}
+    batch = f"{number(entropy, 'n_sequences'):.0f} completions, {number(entropy, 'n_tokens'):.0f} tokens"
+    batch += f", of {prompts['count']} prompts" if prompts.get("count") is not None else ""
+    batch += f", {prompts['in_u']} of which the run trains on" if prompts.get("in_u") else ""
+    rows = [("E-batch", batch)]
+    lr = number(record, "lr")
+    if lr > 0:
+        multiples = ", ".join(_short(number(point, "eta") / lr) for point in record["sweep"])
+        rows.append(("step sizes η", f"learning rate × {multiples}"))
+    for key, words in SETTINGS.items():
+        if (value := record.get(key)) is not None:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            rows.append((words, f"in nats {text.replace('_', ' ')}" if key == "normalize" else text))
+    return rows
+
+
+def _in_short(run: RunFolder) -> list[str]:
+    """What a reader in a hurry should know."""
+    measured = _measured(run)
+    wrong = len(run.damaged) + sum(not _is_ok(record) for record in run.records)
+    last_words = [f"{wrong} things went wrong, or were skipped: see “What went wrong”."] if wrong else []
+    if not measured:
+        return ["No probe has measured an entropy change.", *last_words]
+    first, last = measured[0].get("entropy"), measured[-1].get("entropy")
+    words = f"Entropy {_with_stderr(first)} {units_of(measured)}"
+    if len(measured) > 1:
+        words += f" before step {measured[0]['step']}, {_with_stderr(last)} before step {measured[-1]['step']}"
+    points = [f"{words} (± one standard error)."]
+    taken = [(taken_point(record) or {}).get("true") for record in measured]
+    lowered = sum(number(true, "ci_high") < 0 for true in taken)
+    raised = sum(number(true, "ci_low") > 0 for true in taken)
+    known = sum(math.isfinite(number(true, "value")) for true in taken)
+    if known > 1:
+        points.append(
+            f"Of {known} steps measured, {lowered} lowered the entropy and {raised} raised it, their intervals clear "
+            f"of zero; of {known - lowered - raised} the sign is not known."
+        )
+    reaches = [number(record, "lr") / star for record in measured if (star := number(record, "eta_star")) > 0]
+    if reaches:
+        span = " to ".join(dict.fromkeys([_short(min(reaches), 2), _short(max(reaches), 2)]))
+        points.append(f"The learning rate was {span} times η*, where the second order is as large as the first.")
+    fractions = [fraction for record in measured if math.isfinite(fraction := ess_fraction(taken_point(record)))]
+    if fractions:
+        points.append(f"Effective sample size at the steps taken: at least {min(fractions):.3g} of N.")
+    doubted = [str(record.get("step")) for record in measured if any_untrustworthy(record["sweep"])]
+    if doubted:
+        points.append(f"At some step size ΔH is {UNTRUSTED}, at {_listed(doubted)}.")
+    return points + last_words
+
+
+# ------------------------------------------------------------------------------------------------------- over the steps
+
+
+def _training(run: RunFolder) -> list[Record]:
+    logged = ", ".join(f"{name} ({len(steps)} points)" for name, (steps, _) in run.curves.items())
+    logged = f"From the run's log: {logged}." if logged else "No reward or entropy logged by the trainer was found."
+    return [
+        picture(partial(training_figure, run.records, run.curves), "Mean reward and entropy over the steps"),
+        paragraph(
+            "The probe's values are those before the step, on prompts of its own, with confidence bands. "
+            f"{logged} A training batch's entropy is on other prompts, by the trainer's own definition."
+        ),
+    ]
+
+
+def _changes(run: RunFolder) -> list[Record]:
+    probes = _probes(run)
+    rows = [[minus(shortened(cell, 80)) for cell in probe_cells(record)] for record in probes]
+    columns = ["step", "ΔH ± SE", "δH₁ ± SE", "ESS", "η* ± SE", "reward"]
+    return [
+        picture(partial(delta_entropy_figure, probes), "ΔH and δH₁ of the steps taken, with confidence bands"),
+        paragraph(
+            "ΔH is the true change of the entropy by the step the optimizer took, δH₁ what its gradient promised. Both "
+            "are made of the same samples and share their noise: where they agree, the step was in the linear regime; "
+            "how right they are, the bands say."
+        ),
+        {"folded": "the numbers", "open": False, "parts": [_table(columns, rows, counted="probes")]},
+    ]
+
+
+def _calibration(run: RunFolder) -> list[Record]:
+    return [
+        picture(partial(calibration_figure, run.records), "ΔH against δH₁ of every step, and their gap"),
+        paragraph(
+            "On the diagonal the entropy was straight along the step. The points lie closer to it than their error "
+            "bars are long, because both numbers have the same noise: the gap is curvature, and no test of either "
+            "number. Beyond one standard error (dotted) curvature matters more than the noise of the samples."
+        ),
+    ]
+
+
+def _reach(run: RunFolder) -> list[Record]:
+    return [
+        picture(partial(step_size_figure, run.records), "η* and the learning rate over the optimizer steps"),
+        paragraph(
+            "η* is the step size at which the second order has grown as large as the first. Far below it, first-order "
+            "theory of the entropy describes the run; near it, it does not. An η* whose error bar is as long as itself "
+            "says “large”, and no number."
+        ),
+    ]
+
+
+def _effective(run: RunFolder) -> list[Record]:
+    return [
+        picture(partial(ess_figure, run.records), "Effective sample size over N at every probed step"),
+        paragraph("How much of the E-batch the importance weights leave. Near 0 an estimate rests on a few sequences."),
+    ]
+
+
+def _sweeps(run: RunFolder) -> list[Record]:
+    measured = _measured(run)
+    if not measured:
+        return [paragraph("No sweep of step sizes was measured.")]
+    chosen = np.unique(np.linspace(0, len(measured) - 1, min(SWEEPS, len(measured))).round().astype(int)).tolist()
+    parts = []
+    if len(measured) > len(chosen):
+        parts.append(paragraph(f"{len(chosen)} of {len(measured)} sweeps, evenly spread from the first to the last."))
+    for index in chosen:
+        record = measured[index]
+        name = "the update" if record.get("step") is None else f"step {record['step']}"
+        drawing = picture(partial(eta_sweep_figure, record), f"Entropy change against the step size, {name}")
+        parts.append({"folded": name, "open": index == chosen[-1], "parts": [drawing]})
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------ who moved the entropy
+
+
+def _causes(run: RunFolder, home: Path) -> list[Record]:
+    probes = _probes(run)
+    parts: list[Record] = []
+    attributed = [record for record in probes if record.get("attribution")]
+    if attributed:
+        if not run.is_measurement:
+            drawing = partial(components_figure, probes)
+            parts.append(picture(drawing, "Parts of the first-order change over the steps"))
+        parts += _of_one_step(run, attributed[-1])
+    if run.token_pages:
+        parts.append(_links(run, home))
+    if any(record.get("exchange_rate") for record in probes) and not run.is_measurement:
+        parts.append(paragraph("The price of reward: ΔH against ΔJ, and their ratio over the steps.", faint=False))
+        parts.append(picture(partial(exchange_rate_figure, probes), "ΔH against ΔJ, and their ratio over the steps"))
+    compared = [record for record in probes if record.get("counterfactuals")]
+    if compared:
+        columns = ["loss", "ΔH ± SE", "minus the step's", "ΔJ ± SE"]
+        rows, heading = counterfactual_cells(compared[-1]), f"Under another loss{_at_step(compared[-1])}"
+        parts.append(_table(columns, _with_minus(rows), "words", heading=heading, counted="losses"))
+    predicted = [record for record in probes if record.get("predictors")]
+    if predicted:
+        parts.append(_predictors(predicted[-1]))
+    reasons: dict[str, list[str]] = {}
+    for record in probes:
+        for name, why in (record.get("absent") or {}).items():
+            reasons.setdefault(shortened(f"{name}: {why}", MESSAGE), []).append(str(record.get("step")))
+    if reasons:
+        parts.append(paragraph("What was asked for and is not there:", faint=False))
+        parts.append(_list([f"{reason} ({_listed(steps)})" for reason, steps in reasons.items()]))
+    return parts or [paragraph("No probe has attributed an entropy change.")]
+
+
+def _of_one_step(run: RunFolder, record: Record) -> list[Record]:
+    """Components and tokens of the last step that was attributed."""
+    columns, heading = ["part of the step", "nats ± SE over E", "SE over U", "of δH₁"], f"The parts{_at_step(record)}"
+    rows = _with_minus(attribution_cells(record))
+    parts = [_table(columns, rows, "words", heading=heading, counted="parts")]
+    top = record["attribution"].get("top_tokens")
+    if top:
+        columns = ["before it, and the token", "nats", "π", "H", "A", "completion"]
+        rows, heading = [_token_row(token) for token in top], f"The tokens that moved it most{_at_step(record)}"
+        parts.append(_table(columns, rows, "words", heading=heading, counted="tokens"))
+    file = run.token_files.get(record.get("step"))
+    if file is None:
+        return parts
+    try:
+        tokens = AttributedTokens.load(file)
+    except (OSError, ValueError) as error:
+        return [*parts, paragraph(shortened(str(error), MESSAGE), faint=False)]
+    share, scatter = partial(influence_share_figure, tokens), partial(influence_scatter_figure, tokens)
+    return [
+        *parts,
+        picture(share, "The tokens' part by advantage and probability", scrolls=True),
+        picture(scatter, "Every token's influence against its log-prob and advantage", scrolls=True),
+    ]
+
+
+def _token_row(token: Mapping[str, Any]) -> list[Any]:
+    advantage = number(token, "advantage")
+    return [
+        {
+            "before": visible(str(token.get("context", ""))),
+            "marked": visible(shortened(str(token.get("text", "")), 40)),
+        },
+        signed(number(token, "value")),
+        _short(math.exp(number(token, "logp"))),
+        _short(number(token, "entropy")),
+        DASH if math.isnan(advantage) else minus(f"{advantage:+.2f}"),
+        f"{number(token, 'sequence') + 1:.0f}, token {number(token, 'position') + 1:.0f}",
+    ]
+
+
+def _links(run: RunFolder, home: Path) -> Record:
+    links = []
+    for step, file in list(run.token_pages.items())[-LINKS:]:
+        relative = os.path.relpath(file.absolute(), home.absolute()).replace(os.sep, "/")
+        links.append(
+            {"address": quote(os.fsencode(relative)), "words": "the update" if step is None else f"step {step}"}
+        )
+    left_out = len(run.token_pages) - len(links)
+    more = f", and {left_out} earlier ones beside them." if left_out else "."
+    return {"before": "Pages with every token coloured by what it did:", "links": links, "after": more}
+
+
+def _predictors(record: Record) -> Record:
+    rows = []
+    for name, found in record["predictors"].items():
+        values = [number(found, key) for key in PREDICTORS]
+        rows.append([name, *(DASH if math.isnan(value) else minus(f"{value:.2f}") for value in values)])
+    heading = f"How published predictors agree with it{_at_step(record)}"
+    table = _table(["predictor", *PREDICTORS.values()], rows, "words", heading=heading, counted="predictors")
+    below = "Correlations with the tokens' values at that step, and with ΔH/lr over the steps so far."
+    return {**table, "below": below}
+
+
+# ------------------------------------------------------------------------------------------------ what went wrong, time
+
+
+def _failures(run: RunFolder) -> list[Record]:
+    parts = []
+    groups: dict[tuple[str, str], list[str]] = {}
+    for record in run.records:
+        if not _is_ok(record):
+            message = shortened(str(record.get("message") or DASH), MESSAGE)
+            groups.setdefault((str(record.get("status")), message), []).append(str(record.get("step")))
+    if groups:
+        rows = [[_listed(steps), status, message] for (status, message), steps in groups.items()]
+        parts.append(_table(["probe of", "status", "message"], rows, "value name value", counted="messages"))
+    if run.damaged:
+        parts.append(paragraph(f"{len(run.damaged)} things could not be read, and are not on this page:", faint=False))
+        parts.append(_list([shortened(line, MESSAGE) for line in run.damaged]))
+    doubted = [record for record in _measured(run) if any_untrustworthy(record["sweep"])]
+    if doubted:
+        rows = [
+            [str(record.get("step")), _short(number(record, "untrustworthy_from")), _short(number(record, "lr"))]
+            for record in doubted
+        ]
+        columns = ["step", f"ΔH {UNTRUSTED}, from η =", "learning rate"]
+        parts.append(_table(columns, rows, "value value value", counted="probes"))
+    return parts or [paragraph("Nothing: every probe gave a result, and every line of the records could be read.")]
+
+
+def _time(run: RunFolder) -> list[Record]:
+    probes = _probes(run)
+    phases: dict[str, list[float]] = {}
+    for record in probes:
+        seconds = record.get("seconds") or record.get("timing") or {}
+        for phase in seconds:
+            if math.isfinite(number(seconds, phase)):
+                phases.setdefault(phase, []).append(number(seconds, phase))
+    if not phases:
+        return [paragraph("No times were recorded.")]
+    rows = [
+        [name.replace("_", " "), _short(statistics.median(spent)), f"{sum(spent):.4g}"]
+        for name, spent in phases.items()
+    ]
+    table = _table(["phase", "seconds, median of a probe", "in all"], rows, "words", counted="phases")
+    overheads = [overhead for record in probes if math.isfinite(overhead := number(record, "overhead"))]
+    if len(overheads) > 1:  # the first probe's is divided by the time before it, which is next to none
+        table["below"] = f"The probes took {overheads[-1]:.2g} times as long as the rest of the run between them."
+    return [table]
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def paragraph(words: str, *, faint: bool = True) -> Record:
+    """A paragraph, in grey unless told; characters that cannot be seen become visible."""
+    return {"text": visible(words), "faint": faint}
+
+
+def _list(points: Sequence[str]) -> Record:
+    more = [f"… and {len(points) - ROWS} more"] if len(points) > ROWS else []
+    return {"points": [visible(point) for point in [*points[:ROWS], *more]]}
+
+
+def _table(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], kinds: str = "", *, heading: str = "", counted: str = "rows"
+) -> Record:
+    """The last rows of a table; ``kinds`` are the classes of its columns, ``counted`` what the rows are."""
+    width = max(len(row) for row in [columns, *rows])
+    shown = [[visible(cell) if isinstance(cell, str) else cell for cell in row] for row in rows[-ROWS:]]
+    below = f"The last {ROWS} of {len(rows)} {counted}." if len(rows) > ROWS else ""
+    kinds_of = [*kinds.split(), *[""] * width][:width]
+    return {"columns": columns, "rows": shown, "kinds": kinds_of, "below": below, "heading": visible(heading)}
+
+
+def _with_minus(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[row[0], *map(minus, row[1:])] for row in rows]
+
+
+def _with_stderr(estimate: Mapping[str, Any] | None) -> str:
+    return f"{number(estimate, 'value'):.4g} ± {number(estimate, 'stderr'):.1g}"
+
+
+def _short(value: float, digits: int = 3) -> str:
+    return DASH if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def _at_step(record: Mapping[str, Any]) -> str:
+    return "" if record.get("step") is None else f", step {record['step']}"
+
+
+def _listed(steps: Iterable[str], most: int = 12) -> str:
+    """``step 5``, or ``steps 5, 10 and 3 more``."""
+    steps = list(steps)
+    more = f" and {len(steps) - most} more" if len(steps) > most else ""
+    return f"step{'s' if len(steps) > 1 else ''} {', '.join(steps[:most])}{more}"
+
+
+def _looked_up(config: Mapping[str, Any], keys: Sequence[str]) -> str | None:
+    """The first of these keys that the config has, sections separated by dots."""
+    for key in keys:
+        value: Any = config
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is not None:
+            return str(value)
+    return None

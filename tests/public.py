@@ -1,0 +1,26 @@
+"""The public names: what each room's ``__all__`` promises."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+ROOMS = (
+    "entropy_pl",
+    "entropy_pl.attribution",
+    "entropy_pl.callbacks",
+    "entropy_pl.callbacks.trl",
+    "entropy_pl.data",
+    "entropy_pl.estimators",
+    "entropy_pl.measurements",
+    "entropy_pl.objectives",
+    "entropy_pl.policy",
+    "entropy_pl.probe",
+    "entropy_pl.reporting",
+    "entropy_pl.studies",
+    "entropy_pl.updates",
+)
+
+
+def public_names() -> list[str]:
+    """Every public name, with its room before it; TRL's only where TRL's own dependencies are installed."""
+    return [f"{room}.{name}" for room in ROOMS for name in import_module(room).__all__]
