@@ -178,7 +178,7 @@ def _checked_value(value: Any, hint: Any, path: str, keys: Sequence[str]) -> Any
 def _too_large(value: Any) -> bool:
     """Whether it is, as YAML or on the command line, a whole number that no float can be, or a list with one."""
     if isinstance(value, list | tuple):
-        return any(map(_too_large, value))
+        return any(_too_large(item) for item in value if not isinstance(item, list | tuple))
     if isinstance(value, str):
         return value.strip("+- ").isdecimal() and len(value.strip("+-0 ")) > sys.float_info.max_10_exp
     return isinstance(value, int) and abs(value) > sys.float_info.max

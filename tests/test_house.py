@@ -14,7 +14,8 @@ import entropy_pl
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # the ground floor first
-    ("version", "registry", "config", "config_messages", "peers", "strategies", "progress", "rollout", "updates", "data"),
+    ("version", "registry", "config", "config_messages", "peers", "strategies", "progress"),
+    ("rollout", "updates", "data"),
     ("estimators", "objectives", "policy"),
     ("groups", "policy_gradient", "attribution", "grpo"),
     ("probe",),

@@ -32,7 +32,7 @@ _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")  # of Hugging Face's Traine
 # What torch's reader raises of bytes that are no torch file, which it interprets as far as they go.
 _DAMAGE = (
     *(RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
-    struct.error,
+    *(struct.error, zipfile.BadZipFile),
 )
 # What no file can be blamed for; the last is new in torch 2.8.
 _OF_THE_MACHINE = (

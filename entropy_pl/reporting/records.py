@@ -272,8 +272,9 @@ def _parse(line: bytes) -> Record:
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
     if record.get("schema", SCHEMA) != SCHEMA:
         raise ValueError(f"expected schema {SCHEMA}, got {record['schema']!r}")
-    if b"\\ud" in line.lower():  # an escape of half a character, which no file or terminal takes
-        json.dumps(record, ensure_ascii=False).encode()
+    if b"\\ud" in line.lower():  # escapes of half a character, which no file or terminal takes: � in their place
+        text = json.dumps(record, ensure_ascii=False).encode("utf-16", "surrogatepass")
+        record = json.loads(text.decode("utf-16", "replace"))
     check_shape(record)
     return record
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from cases import check, names_in
 from mutate import Mutator
+from watch import Payload, watched
 
 from entropy_pl import training
 from entropy_pl.config import UsageError
@@ -104,3 +106,13 @@ def test_the_key_or_the_file_is_named(change, message, good, refuse):
     with pytest.raises(UsageError) as raised:
         refuse(yaml.safe_dump(good).encode())
     assert message in str(raised.value)
+
+
+def test_a_checkpoint_to_resume_from_is_read_before_lightning_loads_it(good, refuse, tmp_path):
+    """Lightning's own loading unpickles what it finds."""
+    file = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {"w": torch.ones(2)}, "callbacks": Payload(tmp_path / "executed")}, file)
+    with watched() as seen, pytest.raises(UsageError, match=r"evil\.ckpt, got a pickled \w+\.system"):
+        refuse(yaml.safe_dump(good | {"ckpt_path": str(file)}).encode())
+    assert not seen
+    assert not (tmp_path / "executed").exists()

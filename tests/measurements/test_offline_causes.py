@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 import yaml
 from test_measurements import flat, policy_by_hand
+from tqdm import tqdm
 
 from entropy_pl import EntropyMeasurements, Rollout, record_update, token_stats, token_stats_jvp
 from entropy_pl.cli import main
@@ -422,32 +425,19 @@ def test_what_is_absent_is_printed(config, run_dir, tmp_path, capsys):
     assert "Who moved" not in out
 
 
-def test_the_bar_ends_where_everything_does(config):
+def test_the_bar_ends_where_everything_does(config, monkeypatch):
     shown = []
-    measurement = EntropyMeasurements(config(attribution=EVERYTHING))
 
-    class Bar:
-        def __init__(self, **options: Any) -> None:
-            self.total, self.done = options["total"], 0
-            shown.append(self)
+    @contextmanager
+    def kept(*args: Any, **options: Any) -> Iterator[Any]:
+        with tqdm(total=args[1], file=io.StringIO()) as bar:
+            shown.append(bar)
+            yield bar
 
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-        def set_postfix_str(self, *_: Any, **__: Any) -> None:
-            pass
-
-        def update(self) -> None:
-            self.done += 1
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("entropy_pl.measurements.engine.tqdm", Bar)
-        measurement.run_experiments()
+    monkeypatch.setattr("entropy_pl.measurements.engine.progress", kept)
+    EntropyMeasurements(config(attribution=EVERYTHING)).run_experiments()
     [bar] = shown
-    assert bar.done == bar.total
+    assert bar.n == bar.total
 
 
 def test_somebody_elses_attribution_is_not_written_over(config, tmp_path):

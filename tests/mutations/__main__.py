@@ -72,11 +72,17 @@ def first_failure(copy: Path, mutation: Mutation) -> str | None:
     return failed and failed.group(1)
 
 
+def without_parameters(test: str) -> str:
+    """File and function of a test, as docs/reliability.md names it."""
+    file, *names = test.split("[")[0].split("::")
+    return "::".join([file, *names[-1:]])
+
+
 def table_of(mutations: list[Mutation], seen: list[str | None]) -> Table:
     """One row per mutation."""
     killed = len(seen) - seen.count(None)
     rows = [
-        (mutation.what, f"`{mutation.file}`", SURVIVED if test is None else f"`{test.split('[')[0]}`")
+        (mutation.what, f"`{mutation.file}`", SURVIVED if test is None else f"`{without_parameters(test)}`")
         for mutation, test in zip(mutations, seen, strict=True)
     ]
     title = f"{len(mutations)} mutations, {killed} of them seen by a test"

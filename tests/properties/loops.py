@@ -7,6 +7,7 @@ They compute in Python's complex numbers. With η = i·h and h = 10⁻³⁰, the
 from __future__ import annotations
 
 import cmath
+from collections.abc import Sequence
 from typing import Any
 
 from entropy_pl.rollout import TokenStats
@@ -24,8 +25,12 @@ def entropy(
     weighting: str,
     integrand: str,
     clip: float | None = None,
+    copies: Sequence[Number] | None = None,
 ) -> Number:
-    """Ĥ at θ+ηv: Σ_k [Σ_i w_ik m_ik x_ik / Σ_i w_ik], over the same of m_ik where it is per token."""
+    """Ĥ at θ+ηv: Σ_k [Σ_i w_ik m_ik x_ik / Σ_i w_ik], over the same of m_ik where it is per token.
+
+    ``copies``: how often each sequence counts, not in whole numbers alone; None: once.
+    """
     N, T = base.mask.shape
     logp, h = base.logp.tolist(), base.entropy.tolist()
     sdot, hdot, mask = change.logp.tolist(), change.entropy.tolist(), base.mask.tolist()
@@ -43,7 +48,8 @@ def entropy(
             else:
                 of_count = sum(ratios[:k])
                 of_integrand = of_count if integrand == "rao_blackwell" else sum(ratios[: k + 1])
-            w, v = cmath.exp(clipped(of_integrand, clip)), cmath.exp(clipped(of_count, clip))
+            often = 1.0 if copies is None else copies[i]
+            w, v = (often * cmath.exp(clipped(of, clip)) for of in (of_integrand, of_count))
             x = h[i][k] + eta * hdot[i][k] if integrand == "rao_blackwell" else -(logp[i][k] + eta * sdot[i][k])
             up, down = up + w * (x if mask[i][k] else 0.0), down + w
             count, weights = count + v * (1.0 if mask[i][k] else 0.0), weights + v
@@ -64,6 +70,17 @@ def change_of_entropy(base: TokenStats, change: TokenStats, clip: float | None =
 def slope(base: TokenStats, change: TokenStats, eta: float = 0.0, **options: Any) -> float:
     """The derivative at a real η."""
     return complex(entropy(base, change, complex(eta, H), **options)).imag / H
+
+
+def influences(base: TokenStats, change: TokenStats, **options: Any) -> list[float]:
+    """N times the derivative of ΔH by how often each sequence counts: what an infinitesimal copy of it would do."""
+    N = len(base)
+    found = []
+    for i in range(N):
+        copies = [complex(1, H) if j == i else 1.0 for j in range(N)]
+        there, here = (entropy(base, change, eta, copies=copies, **options) for eta in (1.0, 0.0))
+        found.append(N * complex(there - here).imag / H)
+    return found
 
 
 def closed_form(base: TokenStats, tangent: TokenStats, normalize: str, weighting: str) -> float:

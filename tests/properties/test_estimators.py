@@ -185,6 +185,16 @@ class TestBetweenOptions:
 
 class TestErrorBars:
     @MANY
+    @given(batches(), options, st.sampled_from([None, 0.05]))
+    def test_influences_are_derivatives_by_the_weight_of_a_sequence(self, batch, chosen, bound):
+        """The definition of an influence function, clipped weights or not, by a complex step."""
+        estimate = snis_delta_entropy(batch.base, batch.shifted, clip_log_weight=bound, **chosen)
+        expected = loops.influences(batch.base, batch.change, clip=bound, **chosen)
+        assert estimate.influence.tolist() == pytest.approx(
+            expected, rel=1e-9, abs=1e-10 * (1 + max(map(abs, expected)))
+        )
+
+    @MANY
     @given(batches(), options, st.booleans())
     def test_influences_are_centred_and_make_the_error(self, batch, chosen, derivative):
         if derivative:

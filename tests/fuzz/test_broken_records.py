@@ -173,7 +173,6 @@ def test_a_page_and_an_event_file(tmp_path):
     ("text", "reason"),
     [
         ('"deep": ' + "[" * 20_000 + "]" * 20_000, "nested too deeply"),
-        ('"message": "\\ud800"', "surrogates not allowed"),
         ('"sweep": 5', "expected 'sweep' to be a list, got int"),
         ('"sweep": [{"eta": 1, "true": 3}]', r"expected 'sweep\[0\].true' to be an object, got int"),
         ('"sweep": [null]', r"expected 'sweep\[0\]' to be an object, got NoneType"),
@@ -201,6 +200,14 @@ def test_numbers_that_no_float_can_be_are_absent(console):
     assert "entropy_probe/entropy" not in scalars(broken)
     assert "entropy_probe/delta_h_true" in scalars(broken)
     console.print(probe_table([broken]))
+
+
+def test_half_a_character_is_shown_as_none(tmp_path, console):
+    """It is valid JSON, and was a UnicodeEncodeError wherever it was written or printed; a whole one stays."""
+    file = tmp_path / "records.jsonl"
+    file.write_text(json.dumps(GOOD[1] | {"message": "\ud800 \U0001f600"}))
+    assert [item["message"] for item in read_records(file)] == ["\ufffd \U0001f600"]
+    console.print(probe_table(read_records(file)))
 
 
 def test_a_predictor_without_numbers(console):
