@@ -22,7 +22,14 @@ from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.tangents import Method
 from entropy_pl.probe import EntropyProbe, Precision
 from entropy_pl.progress import progress
-from entropy_pl.reporting import Record, RecordWriter, add_step_agreement, read_records, step_evidence
+from entropy_pl.reporting import (
+    Record,
+    RecordWriter,
+    add_step_agreement,
+    latest_per_step,
+    read_records,
+    step_evidence,
+)
 from entropy_pl.reporting.records import plain
 from entropy_pl.updates.steps import was_skipped, watch_steps
 
@@ -57,7 +64,7 @@ class ProbeDoor:
 
     Records go to ``records.jsonl`` in the output directory, the last hundred are at hand in ``records``. One that
     cannot be written is kept, and written before the next one. Ctrl-C ends a probe at once, and the run at the end of
-    the step, in the state that the step left.
+    the step, in the state that the step left; a run of several processes at once, since they wait for each other.
 
     Args:
         prompts: E prompts: strings ready for the tokenizer, chats (lists of messages, which go through its chat
@@ -274,7 +281,7 @@ class ProbeDoor:
             self._writer = _writer_in(found.directory)
             earlier = _records_in(self._writer.path)
             self._history = [step_evidence(record) for record in earlier]
-            self._written = {r["step"]: r for r in earlier if r["step"] >= (self._step or 0)}
+            self._written = {r["step"]: r for r in latest_per_step(earlier) if r["step"] >= (self._step or 0)}
             if earlier and not self._step:
                 warnings.warn(
                     f"{self._writer.path} holds records of an earlier run, and this one begins anew: its records are "
@@ -375,6 +382,8 @@ class ProbeDoor:
             except Exception:
                 raise
             except BaseException as interruption:  # the step is taken, and the trainer has yet to count it
+                if session.peers.size > 1:  # they wait for this process in the probe, and it would for them behind it
+                    raise
                 self._interruption = interruption
                 warnings.warn(
                     f"{type(interruption).__name__} during the entropy probe of step {step}: the run stops at the end "
@@ -417,11 +426,13 @@ class ProbeDoor:
         del self.records[: -max(KEPT, len(self._unwritten) + 1)]
         if self._writer is None:
             return
-        if not _is_same(record, self._written.pop(record["step"], None)):  # a resumed run takes steps again
-            self._unwritten.append(record)
         with whatever_happens(f"write the record of step {record['step']}", lambda: KEPT_BACK * bool(self._unwritten)):
+            if not _is_same(record, self._written.pop(record["step"], None)):  # a resumed run takes steps again
+                self._written = {}  # whose later records in the file are, for readers, given up with this one
+                self._unwritten.append(record)
             self._write()
-        publish(record, self._sinks, tokens, self._writer.path.parent)
+        with whatever_happens(f"show the probe of step {record['step']}"):
+            publish(record, self._sinks, tokens, self._writer.path.parent)
 
     def _write(self) -> None:
         """Write the records that are not written yet, in their order."""

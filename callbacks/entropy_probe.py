@@ -28,7 +28,9 @@ from entropy_pl.updates.steps import inner_optimizer
 
 
 class EntropyProbeCallback(ProbeDoor, Callback):
-    """The probe as a callback of Lightning's Trainer; every option is :class:`~entropy_pl.callbacks.door.ProbeDoor`'s.
+    """Measure what chosen optimizer steps do to the policy's entropy: a callback for Lightning's Trainer.
+
+    The options are those of :class:`~entropy_pl.callbacks.door.ProbeDoor`.
 
     The policy, its tokenizer and its optimizer are found in any LightningModule, E prompts in a datamodule with an
     `e_prompts`; `temperature` and `max_new_tokens` are by default the module's own attributes of these names. Its

@@ -145,7 +145,7 @@ def whatever_happens(what: str, advice: str | Callable[[], str] = "") -> Iterato
 
 def summarize(records_path: Path, sinks: Sequence[Sink]) -> None:
     """Draw the run's figures beside its records, print its table, and say where everything lies."""
-    records = latest_per_step(read_records(records_path))
+    records = latest_per_step([r for r in read_records(records_path) if isinstance(r.get("step"), int)])
     drawings = {"delta_entropy": delta_entropy_figure}
     if any(record.get("attribution") for record in records):
         drawings["components"] = components_figure

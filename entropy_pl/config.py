@@ -180,7 +180,8 @@ def _too_large(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_too_large(item) for item in value if not isinstance(item, list | tuple))
     if isinstance(value, str):
-        return value.strip("+- ").isdecimal() and len(value.strip("+-0 ")) > sys.float_info.max_10_exp
+        digits = value.strip("+- ").lstrip("0")
+        return digits.isdecimal() and len(digits) > sys.float_info.max_10_exp
     return isinstance(value, int) and abs(value) > sys.float_info.max
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from entropy_pl.config import ERROR_LOG
 from entropy_pl.peers import PeerError
-from entropy_pl.probe.memory import wants_memory
+from entropy_pl.policy.memory import wants_memory
 
 SHOW_TRACEBACK = "ENTROPY_PL_TRACEBACK"
 COLUMNS = 100
@@ -219,7 +219,8 @@ def _is_users(file: str) -> bool:
     if file.startswith("<"):
         return False
     path = os.path.abspath(file)
-    return "site-packages" not in Path(path).parts and not path.startswith(tuple(_not_users()))
+    installed = {"site-packages", "dist-packages"} & set(Path(path).parts)  # the latter are Debian's
+    return not installed and not path.startswith(tuple(_not_users()))
 
 
 def _not_users() -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shlex
 import signal
@@ -43,6 +44,7 @@ LESS_MEMORY = (
     "model.max_batch_tokens (of training's passes), model.sample_batch_size (of sampling), data.batch_size (of "
     "everything)"
 )
+NO_FOLDER = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 NO_CHECKPOINT = (
     "from the start: no checkpoint was saved. With --trainer.callbacks+=ModelCheckpoint "
     "--trainer.callbacks.every_n_train_steps=20 one is, every 20 steps"
@@ -156,7 +158,9 @@ class EntropyCLI(LightningCLI):
         checkpoint = Path(self.config.get("fit", {}).get("ckpt_path") or "")  # or Lightning's "last", say
         if checkpoint.is_file():
             read_checkpoint(checkpoint)  # a damaged one is torch's internal error otherwise
-        elif checkpoint.suffix == ".ckpt" and "://" not in str(self.config["fit"]["ckpt_path"]):
+        elif checkpoint.suffix == ".ckpt" and not (  # some strategies save a folder
+            checkpoint.exists() or "://" in str(self.config["fit"]["ckpt_path"])
+        ):
             raise FileNotFoundError(
                 f"expected a checkpoint at {checkpoint}, and there is no such file: check --ckpt_path"
             )
@@ -251,7 +255,7 @@ def _said(error: Exception) -> str:
     said = str(error)
     if "class_path" in said:
         return explained(said, ())
-    if isinstance(error, OSError) and error.filename is not None and said.startswith("[Errno"):
+    if isinstance(error, OSError) and error.filename is not None and error.errno in NO_FOLDER:
         return (
             f"expected a folder for the run that can be written to, got {error.filename}: {error.strerror}. Set the "
             "logger's save_dir, or trainer.default_root_dir"

@@ -24,6 +24,7 @@ from entropy_pl.objectives import register_reward
 from entropy_pl.peers import PeerError
 from entropy_pl.policy.logits import NonFiniteError
 from entropy_pl.reporting import read_records
+from entropy_pl.training import _said
 
 FAULTS: dict[str, BaseException] = {
     "gpu memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB." + " Of which" * 200),
@@ -114,8 +115,15 @@ def test_the_place_is_the_innermost_of_the_users_own_code(tmp_path):
     mine = str(tmp_path / "my_rewards.py")
     assert users_place(raised(ValueError("x"), mine)) == f"{mine}:2, in fail"
     library = os.path.join(os.path.dirname(torch.__file__), "functional.py")
-    for file in (failures.__file__, library, logging.__file__, "<string>"):
+    debians = "/usr/lib/python3/dist-packages/numpy/__init__.py"
+    for file in (failures.__file__, library, debians, logging.__file__, "<string>"):
         assert users_place(raised(ValueError("x"), file)) is None
+
+
+def test_a_file_that_is_missing_is_no_folder_that_cannot_be_written_to(tmp_path):
+    missing, closed = FileNotFoundError(errno.ENOENT, "gone", "a.jsonl"), PermissionError(errno.EACCES, "no", "runs")
+    assert _said(missing) == "[Errno 2] gone: 'a.jsonl'"
+    assert _said(closed).startswith("expected a folder for the run that can be written to, got runs: no.")
 
 
 def test_long_messages_are_cut(monkeypatch):

@@ -19,7 +19,7 @@ PROMPTS = [f"{a}+{b}=" for a in range(16) for b in range(16)]
 class Run(LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.policy, self.tokenizer = build_model(), build_tokenizer()
+        self.policy, self.tokenizer = build_model(max_position_embeddings=128), build_tokenizer()
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         return self.policy(input_ids=batch, labels=batch).loss
@@ -36,7 +36,6 @@ def test_attaching_to_lightning_takes_ten_lines(tmp_path, monkeypatch):
     assert len(lines_of(block)) <= 10
     monkeypatch.chdir(tmp_path)
     module = Run()
-    module.max_new_tokens = 8
     scope: dict[str, Any] = {"module": module, "evaluation_prompts": PROMPTS}
     exec(block, scope)
     assert [(record["step"], record["status"]) for record in scope["probe"].records] == [

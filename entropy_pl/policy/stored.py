@@ -24,6 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from entropy_pl.policy.memory import wants_memory
+
 # Where a torch file keeps the weights, if they are not all of it; the first key wins.
 _WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "module", "policy")
 _OPTIMIZER_KEYS = ("optimizer_states", "optimizer_state_dict", "optimizer")  # Lightning's first: a list
@@ -149,9 +151,15 @@ def named(path: str | Path) -> Iterator[None]:
             raise
         raise ValueError(f"{path}: {error}") from error
     except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if wants_memory(error):  # the CPU's allocator has no error of its own, and a size in the file may be wrong
+            raise ValueError(
+                f"expected a checkpoint that fits into memory, got {path}, which is too large for what is free, or in "
+                f"which a size is wrong: {said}"
+            ) from error
         raise ValueError(
             f"expected a checkpoint that can be loaded, got {path}, in which something is of another kind than it "
-            f"should be: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"should be: {said}"
         ) from error
 
 

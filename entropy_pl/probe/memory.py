@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from entropy_pl.policy.memory import wants_memory
+
 INTERVAL = 0.005  # seconds between two looks
-# the CPU's allocator, CUDA's, its libraries', another process's word for its own
-NO_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed", "memoryerror")
 LESS_MEMORY = (
     "lower max_batch_tokens (of every pass), sample_batch_size (of the sampling) or num_sequences (of everything) of "
     "the probe"
@@ -43,13 +43,6 @@ def what_happened(error: Exception) -> str:
     """
     said = f"{type(error).__name__}: {error}"
     return f"{said}: {LESS_MEMORY}" if wants_memory(error) else said
-
-
-def wants_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, the CPU's or a GPU's."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in NO_MEMORY)
-    )
 
 
 @contextmanager

@@ -337,6 +337,9 @@ def exchange_rate_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         rasterized=bool(bounded.sum() > RASTERIZED),
         **{**TRUE_STYLE, "linestyle": "none"},
     )
+    if bounded.any():  # one interval that goes far must not flatten the others: it runs out of the panel
+        reach = 3 * float(np.median(margins(rates)[:, bounded]))
+        right.set_ylim(min(0.0, values[bounded].min() - reach), max(0.0, values[bounded].max() + reach))
     if unbounded.any():
         style: dict[str, Any] = {"color": GREY, "transform": right.get_xaxis_transform(), "clip_on": False}
         right.plot(steps[unbounded], np.zeros(unbounded.sum()), "x", label="interval without bounds", **style)
@@ -378,8 +381,11 @@ def _probability(value: float) -> str:
 
 
 def _group_means(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
-    """Means of y over ten groups of equal counts along x, each at its median x."""
-    groups = [group for group in np.array_split(np.argsort(x, kind="stable"), DECILES) if len(group)]
+    """Means of y over ten groups of equal counts along x, each at its median x; over each x where there are few."""
+    if len(distinct := np.unique(x)) <= DECILES:  # rewards of a few values give advantages of a few values
+        groups = [np.flatnonzero(x == value) for value in distinct]
+    else:
+        groups = [group for group in np.array_split(np.argsort(x, kind="stable"), DECILES) if len(group)]
     middles, means = [float(np.median(x[group])) for group in groups], [float(y[group].mean()) for group in groups]
     axes.plot(middles, means, "D-", color="black", markersize=4, linewidth=1, label="mean of a tenth", zorder=5)
 

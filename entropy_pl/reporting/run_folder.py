@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import yaml
 
+from entropy_pl.reporting.record_shape import check_shape
 from entropy_pl.reporting.records import Record, read_records
 from entropy_pl.reporting.run_figures import Curve
 
 FOLDER, RECORDS, RESULTS = "entropy_probe", "records.jsonl", "results.json"
 CURVES = ("reward", "entropy")
 OURS = "entropy_probe/"  # tags that are the records' own numbers
+HELD_OUT = {"eval", "val", "valid", "validation", "test"}  # of tags that are no training batch's
 EVENTS, METRICS = "events.out.tfevents.*", "metrics.csv"
 LONGEST = 200_000  # characters of a config
 
@@ -105,10 +107,14 @@ def _find(path: Path) -> tuple[Path, Path]:
 def _measurement(file: Path) -> list[Record]:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected {file} to hold the results of a measurement, got no JSON: {error}") from error
     if not isinstance(results, dict) or results.get("kind") != "measurement":
         raise ValueError(f"expected {file} to hold the results of a measurement, got something else")
+    try:
+        check_shape(results)
+    except ValueError as error:
+        raise ValueError(f"expected {file} to hold the results of a measurement: {error}") from error
     return [results]
 
 
@@ -135,7 +141,8 @@ def _config(run: Path, damaged: list[str]) -> tuple[str, dict[str, Any]]:
             config = yaml.safe_load(text)
         except (OSError, UnicodeDecodeError) as error:
             damaged.append(f"{file} could not be read: {error}")
-        except (yaml.YAMLError, RecursionError, ValueError) as error:  # tags of Python's own, which stay text
+        # tags of Python's own, which stay text; values that are not of their tag: `!!bool maybe`
+        except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
             damaged.append(f"{file} is no plain YAML, and is shown as it is: {type(error).__name__}")
             return text, {}
         else:
@@ -177,9 +184,9 @@ def _curves(run: Path, damaged: list[str]) -> dict[str, Curve]:
 
 
 def _curve_of(tag: str) -> str | None:
-    """Which curve a tag is: ``reward`` of ``train/reward``; of the probe's own tags, none."""
-    name = tag.rpartition("/")[2]
-    return name if name in CURVES and not tag.startswith(OURS) else None
+    """Which curve a tag is: ``reward`` of ``train/reward``; of the probe's own tags and of ``eval/reward``, none."""
+    *within, name = tag.split("/")
+    return name if name in CURVES and not tag.startswith(OURS) and not HELD_OUT & set(within) else None
 
 
 def _from_events(file: Path) -> Iterator[tuple[str, float, float, float]]:

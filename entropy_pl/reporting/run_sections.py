@@ -33,8 +33,16 @@ from entropy_pl.reporting.run_figures import (
     training_figure,
 )
 from entropy_pl.reporting.run_folder import RunFolder
-from entropy_pl.reporting.table import DASH, attribution_cells, counterfactual_cells, probe_cells
-from entropy_pl.reporting.trust import UNTRUSTED, any_untrustworthy
+from entropy_pl.reporting.table import (
+    DASH,
+    SWEEP_COLUMNS,
+    attribution_cells,
+    counterfactual_cells,
+    probe_cells,
+    sweep_cells,
+    with_error,
+)
+from entropy_pl.reporting.trust import UNTRUSTED, any_untrustworthy, untrustworthy
 from entropy_pl.reporting.visible_text import shortened, visible
 from entropy_pl.version import __version__
 
@@ -168,7 +176,18 @@ def _in_short(run: RunFolder) -> list[str]:
     if len(measured) > 1:
         words += f" before step {measured[0]['step']}, {_with_stderr(last)} before step {measured[-1]['step']}"
     points = [f"{words} (± one standard error)."]
+    if len(measured) == 1 and (point := taken_point(measured[0])):
+        true, first = (
+            minus(with_error(*(number(point.get(key), part) for part in ("value", "stderr"))))
+            for key in ("true", "first_order")
+        )
+        points.append(
+            f"A step of η = {number(point, 'eta'):.3g} changes it by ΔH = {true}, to first order by δH₁ = {first}."
+        )
+    ended = _ended_early(run)
+    points += [ended] if ended else []
     taken = [(taken_point(record) or {}).get("true") for record in measured]
+    taken = [change for change in taken if not untrustworthy(change)]
     lowered = sum(number(true, "ci_high") < 0 for true in taken)
     raised = sum(number(true, "ci_low") > 0 for true in taken)
     known = sum(math.isfinite(number(true, "value")) for true in taken)
@@ -188,6 +207,16 @@ def _in_short(run: RunFolder) -> list[str]:
     if doubted:
         points.append(f"At some step size ΔH is {UNTRUSTED}, at {_listed(doubted)}.")
     return points + last_words
+
+
+def _ended_early(run: RunFolder) -> str | None:
+    """Where the config names more steps than the records and the log know of."""
+    wanted = _looked_up(run.config, OF_CONFIG["steps to take"])
+    known = [int(record["step"]) for record in _probes(run) if isinstance(record.get("step"), int)]
+    known += [int(steps[-1]) for steps, _ in run.curves.values() if len(steps)]
+    if wanted is None or not wanted.isdigit() or not known or max(known) + 1 >= int(wanted):
+        return None
+    return f"{wanted} steps were to be taken; the last that records or logs know of is step {max(known)}."
 
 
 # ------------------------------------------------------------------------------------------------------- over the steps
@@ -261,7 +290,8 @@ def _sweeps(run: RunFolder) -> list[Record]:
         record = measured[index]
         name = "the update" if record.get("step") is None else f"step {record['step']}"
         drawing = picture(partial(eta_sweep_figure, record), f"Entropy change against the step size, {name}")
-        parts.append({"folded": name, "open": index == chosen[-1], "parts": [drawing]})
+        rows = _table(list(SWEEP_COLUMNS), _with_minus(sweep_cells(record)), counted="step sizes")
+        parts.append({"folded": name, "open": index == chosen[-1], "parts": [drawing, rows]})
     return parts
 
 
@@ -440,7 +470,9 @@ def _with_minus(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def _with_stderr(estimate: Mapping[str, Any] | None) -> str:
-    return f"{number(estimate, 'value'):.4g} ± {number(estimate, 'stderr'):.1g}"
+    value, stderr = number(estimate, "value"), number(estimate, "stderr")
+    places = 1 - math.floor(math.log10(stderr)) if stderr > 0 else 4  # the second digit of the error
+    return f"{value:.{max(places, 0)}f} ± {stderr:.{max(places, 0)}f}"
 
 
 def _short(value: float, digits: int = 3) -> str:
@@ -459,11 +491,11 @@ def _listed(steps: Iterable[str], most: int = 12) -> str:
 
 
 def _looked_up(config: Mapping[str, Any], keys: Sequence[str]) -> str | None:
-    """The first of these keys that the config has, sections separated by dots."""
+    """The first of these keys that the config has a plain value of, sections separated by dots."""
     for key in keys:
         value: Any = config
         for name in key.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
-        if value is not None:
+        if isinstance(value, str | int | float):  # a few lines of YAML's aliases make lists of billions
             return str(value)
     return None

@@ -16,6 +16,7 @@ from entropy_pl.reporting.records import latest_per_step, number, taken_point
 from entropy_pl.reporting.trust import UNTRUSTED, any_untrustworthy, untrustworthy
 
 DASH, MARK = "–", "!"
+SWEEP_COLUMNS = ("η", "ΔH ± SE", "δH₁ ± SE", "ΔH/δH₁ − 1", "ESS")
 SIGNS = {"positive_advantage": "A > 0", "negative_advantage": "A < 0", "zero_advantage": "A = 0"}
 
 
@@ -61,20 +62,30 @@ def sweep_table(record: Mapping[str, Any]) -> Table:
     table = Table(
         title="Entropy change over step sizes", box=box.SIMPLE_HEAD, pad_edge=False, caption=_sweep_caption(record)
     )
-    for name in ("η", "ΔH ± SE", "δH₁ ± SE", "ΔH/δH₁ − 1", "ESS"):
+    for name in SWEEP_COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
+    for cells in sweep_cells(record):
+        table.add_row(*cells)
+    return table
+
+
+def sweep_cells(record: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of the table over step sizes, one per η: :data:`SWEEP_COLUMNS`."""
+    rows = []
     for point in record.get("sweep") or ():
         true, first_order = point.get("true"), point.get("first_order")
         value, predicted = number(true, "value"), number(first_order, "value")
         excess = value / predicted - 1 if predicted else math.nan
-        table.add_row(
-            f"{number(point, 'eta'):.3g}{' *' if point.get('taken') else ''}",
-            with_error(value, number(true, "stderr")),
-            with_error(predicted, number(first_order, "stderr")),
-            DASH if math.isnan(excess) else f"{excess:+.2e}",
-            _effective(true),
+        rows.append(
+            [
+                f"{number(point, 'eta'):.3g}{' *' if point.get('taken') else ''}",
+                with_error(value, number(true, "stderr")),
+                with_error(predicted, number(first_order, "stderr")),
+                DASH if math.isnan(excess) else f"{excess:+.2e}",
+                _effective(true),
+            ]
         )
-    return table
+    return rows
 
 
 def attribution_table(record: Mapping[str, Any]) -> Group:
@@ -136,9 +147,10 @@ def _parts(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     attribution, eta = record.get("attribution") or {}, number(record, "lr")
     by_sign, remainder = attribution.get("by_sign") or {}, attribution.get("remainder") or {}
     rows = [(name.replace("_", " "), per_step(record, name)) for name in ("momentum", "weight_decay", "gradient")]
-    rows.append(("tokens", per_step(record, "tokens")))
-    rows += [(f"  of {words}", {"value": number(by_sign, key)}) for key, words in SIGNS.items()]
-    rows += [(f"remainder: {name.replace('_', ' ')}", {"value": eta * number(remainder, name)}) for name in remainder]
+    # indented: tokens and remainders are the gradient's part once more, told apart
+    rows.append(("  tokens", per_step(record, "tokens")))
+    rows += [(f"    of {words}", {"value": number(by_sign, key)}) for key, words in SIGNS.items()]
+    rows += [(f"  remainder: {name.replace('_', ' ')}", {"value": eta * number(remainder, name)}) for name in remainder]
     rows.append(("δH₁", per_step(record, "first_order")))
     return [(name, part) for name, part in rows if math.isfinite(number(part, "value"))]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from other_process import Announce, other_process, stop_within_probe
 from six_steps import Saves, Steps, assert_same, measured, records, run
 from tiny import build_model
@@ -19,6 +20,8 @@ from trl_runs import Keeper, grpo_trainer
 from trl_runs import probe as trl_probe
 
 from entropy_pl.callbacks import door
+from entropy_pl.callbacks.session import ProbeSession
+from entropy_pl.peers import Peers
 from entropy_pl.reporting import read_records
 from entropy_pl.reporting import records as writing
 from entropy_pl.updates import displace
@@ -75,6 +78,28 @@ def test_ctrl_c_in_a_lightning_run(tmp_path, monkeypatch, uninterrupted, point):
     assert_same(steps.states[-1], uninterrupted.states[-1])
     run(tmp_path, ckpt_path=tmp_path / "a.ckpt")
     assert records(tmp_path) == whole
+
+
+def test_an_interrupt_in_a_run_of_several_processes(tmp_path, monkeypatch):
+    """It is not held back until the step ends: the others wait in the probe, and this process would behind it."""
+
+    class Interrupt(BaseException):
+        """Like Ctrl-C, which Lightning would answer for the whole of the tests' process."""
+
+    class Counts(Callback):
+        def on_exception(self, trainer: Trainer, *_: Any) -> None:
+            counted.append(trainer.global_step)
+
+    def interrupted(self: ProbeSession, *_: Any) -> None:
+        self.peers = Peers(rank=0, size=2)
+        raise Interrupt
+
+    counted: list[int] = []
+    monkeypatch.setattr(ProbeSession, "measure", interrupted)
+    with pytest.raises(Interrupt):
+        run(tmp_path, Counts())
+    assert counted == [0]  # Lightning, which counts a step once it is over, had no chance to wait for anybody
+    assert not (tmp_path / "records.jsonl").exists()
 
 
 def test_sigterm_in_a_lightning_run(tmp_path, monkeypatch, uninterrupted):

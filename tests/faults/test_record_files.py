@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 
 import pytest
-from six_steps import Saves, records, run
+from six_steps import Saves, measured, records, run
 
-from entropy_pl.reporting import RecordWriter, read_records
+from entropy_pl.reporting import RecordWriter, latest_per_step, read_records
 
 
 def test_a_run_goes_on_with_a_damaged_file(tmp_path, uninterrupted):
@@ -23,6 +23,25 @@ def test_a_run_goes_on_with_a_damaged_file(tmp_path, uninterrupted):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert records(tmp_path) == uninterrupted.records[1:]
+
+
+@pytest.mark.parametrize("lost", [1, None], ids=["a record is damaged", "a record has followed"])
+def test_a_run_taken_again_over_its_records_shows_every_step(tmp_path, uninterrupted, capsys, lost):
+    """Steps 0, 2 and 4, of which 2 is damaged, or was written again last; a line that is no probe's lies among them."""
+    file = tmp_path / "records.jsonl"
+    for record in uninterrupted.records:
+        RecordWriter(file).write(record)
+    lines = file.read_bytes().splitlines()
+    lines = [b"{" if n == lost else line for n, line in enumerate(lines)] + ([lines[1]] if lost is None else [])
+    file.write_bytes(b"\n".join([b"{}", *lines]) + b"\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(tmp_path)
+        found = read_records(file)
+    assert not [warning for warning in caught if "could not" in str(warning.message)]
+    shown = [measured(record) for record in latest_per_step(found[1:])]
+    assert shown == uninterrupted.records
+    assert "delta_entropy.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.jsonl.gz"])

@@ -332,6 +332,13 @@ def test_archives_that_are_hardly_any(tmp_path):
             read_checkpoint(tmp_path / name)
 
 
+def test_what_does_not_fit_into_memory_is_said_to(tmp_path):
+    """The CPU's allocator raises a RuntimeError, and a file that asks for too much has it raise one."""
+    said = f"expected a checkpoint that fits into memory, got {tmp_path}, which is too large for what is free"
+    with pytest.raises(ValueError, match=re.escape(said)), named(tmp_path):
+        torch.empty(2**60)
+
+
 def test_out_of_memory_is_no_fault_of_the_file(tmp_path):
     for error in (MemoryError("no room"), torch.OutOfMemoryError("no room"), FileNotFoundError("gone")):
         with pytest.raises(type(error)), named(tmp_path):

@@ -1,6 +1,7 @@
 import math
 import sys
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 
 import matplotlib
@@ -146,6 +147,15 @@ class TestScatter:
             start += size
         np.testing.assert_allclose(line.get_ydata(), means, rtol=1e-9)  # float64 sums in another order
 
+    def test_means_over_values_that_repeat_are_one_each(self, tokens):
+        batch = tokens(4, 8, 30)
+        advantages = np.where(batch.advantages > 0, 1.0, -0.5)
+        _, right = influence_scatter_figure(replace(batch, advantages=advantages)).axes
+        (line,) = [line for line in right.lines if line.get_label() == "mean of a tenth"]
+        assert list(line.get_xdata()) == [-0.5, 1.0]
+        expected = [batch.values[advantages == value].mean() for value in (-0.5, 1.0)]
+        np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-9)  # float64 sums in another order
+
 
 class TestMatrix:
     def test_image_is_the_matrix_in_another_order_with_its_means_above(self, tokens):
@@ -241,6 +251,12 @@ class TestExchangeRate:
         (crosses,) = [line for line in right.lines if line.get_label() == "interval without bounds"]
         assert crosses.get_xdata().tolist() == [15]
         figure.savefig(tmp_path / "a.png")
+
+    def test_one_long_interval_does_not_flatten_the_others(self, make_rewarded):
+        far = {"value": -0.5, "stderr": 9.0, "ci_low": -40.0, "ci_high": 39.0, "bounded": True}
+        records = [make_rewarded(0), make_rewarded(5), make_rewarded(10, exchange_rate=far)]
+        low, high = exchange_rate_figure(records).axes[1].get_ylim()
+        assert (low, high) == (-1.25, 0.25)  # three half-intervals of 0.25 beyond -0.5
 
     def test_without_rates(self, make_rewarded, tmp_path):
         exchange_rate_figure([make_rewarded(0, exchange_rate=None)]).savefig(tmp_path / "a.png")

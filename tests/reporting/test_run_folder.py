@@ -43,16 +43,21 @@ def test_records_in_a_folder_of_another_name(run):
         ("many", "expected the folder of one run, got .*many, which holds 2: give one of .*a, .*b$"),
         ("foreign", "expected .*results.json to hold the results of a measurement, got something else"),
         ("broken", "expected .*results.json to hold the results of a measurement, got no JSON"),
+        ("deep", "expected .*results.json to hold the results of a measurement, got no JSON"),
+        ("odd", "expected .*results.json to hold the results of a measurement: expected 'step' to be a whole number"),
     ],
 )
 def test_other_folders_are_refused(tmp_path, given, message):
-    for folder in ("other", "empty", "many/a/entropy_probe", "many/b/entropy_probe", "foreign", "broken"):
+    runs = ("many/a/entropy_probe", "many/b/entropy_probe")
+    for folder in ("other", "empty", *runs, "foreign", "broken", "deep", "odd"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "other/notes.txt").write_text("")
     for name in "ab":
         (tmp_path / f"many/{name}/entropy_probe/records.jsonl").write_text("")
     (tmp_path / "foreign/results.json").write_text('{"results": []}')
     (tmp_path / "broken/results.json").write_text("{")
+    (tmp_path / "deep/results.json").write_text("[" * 100_000)
+    (tmp_path / "odd/results.json").write_text('{"kind": "measurement", "step": [1]}')
     with pytest.raises(ValueError, match=message):
         read_run(tmp_path / given)
 
@@ -78,6 +83,12 @@ def test_what_is_damaged_is_named_and_the_rest_is_there(run, make):
     assert "os.system" in found.config_text
 
 
+def test_a_value_that_is_not_of_its_tag(run):
+    (run / "config.yaml").write_text("seed: !!bool maybe\n")  # a KeyError of PyYAML's
+    found = read_run(run)
+    assert found.damaged == [f"{run / 'config.yaml'} is no plain YAML, and is shown as it is: KeyError"]
+
+
 def test_config_is_read_but_not_executed(run):
     (run / "config.yaml").write_text("# lightning.pytorch==2.6\nmodel:\n  policy:\n    name: small\n")
     found = read_run(run)
@@ -100,9 +111,13 @@ def test_curves_of_event_files_are_those_of_the_run_as_it_finally_went(run):
 
 
 def test_curves_of_a_trainers_event_files_lie_deeper(run):
+    """As Hugging Face's Trainer leaves them, which also evaluates: that is no training batch's reward."""
     with SummaryWriter(str(run / "runs/today")) as writer:
-        writer.add_scalar("train/reward", 0.5, 1)
-    assert read_run(run).curves["reward"][0].tolist() == [1]
+        for tag, value in (("train/reward", 0.5), ("eval/reward", 0.25), ("eval/entropy", 2.0)):
+            writer.add_scalar(tag, value, 1)
+    curves = read_run(run).curves
+    assert set(curves) == {"reward"}
+    assert [column.tolist() for column in curves["reward"]] == [[1], [0.5]]
 
 
 def test_curves_of_csv(run):

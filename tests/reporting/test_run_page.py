@@ -104,19 +104,43 @@ def test_everything_that_was_measured_is_there(page_of, make_rewarded, make_fail
 
 @pytest.mark.usefixtures("quick")
 def test_the_short_version_counts_what_the_records_say(page_of, make):
-    """Steps 0 and 5 lower the entropy clearly, at step 10 it cannot be told; lr is an eighth of η*."""
+    """Steps 0 and 5 lower the entropy clearly, at step 10 it cannot be told; lr is an eighth of η*.
+
+    At step 15 the weights have collapsed, and its ΔH counts for nothing.
+    """
     unclear = make(10)
     next(p for p in unclear["sweep"] if p["taken"])["true"] |= {"ci_low": -1e-3, "ci_high": 1e-3}
     doubted = make(5, untrustworthy_from=2e-4)
     doubted["sweep"][-1]["true"] |= {"trustworthy": False}
-    reader = Reader(page_of([make(0), doubted, unclear]))
+    collapsed = make(15)
+    for point in collapsed["sweep"]:
+        point["true"] |= {"trustworthy": False}
+    reader = Reader(page_of([make(0), doubted, unclear, collapsed]))
     assert "Of 3 steps measured, 2 lowered the entropy and 0 raised it, their intervals clear of zero;" in reader.text
     assert "of 1 the sign is not known" in reader.text
-    assert "Entropy 0.9 ± 0.02 nats per token before step 0, 0.9 ± 0.02 before step 10" in reader.text
+    assert "Entropy 0.900 ± 0.020 nats per token before step 0, 0.900 ± 0.020 before step 15" in reader.text
     assert "The learning rate was 0.12 times η*" in reader.text
     assert "at least 0.781 of N" in reader.text  # 200 of 256
     assert ["5", "0.0002", "0.0001"] in reader.rows
     assert "went wrong, or were skipped" not in reader.text
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("wanted", "told"), [(40, True), (6, False)])
+def test_a_run_that_ended_early_says_so(page_of, make, wanted, told):
+    """Its last record is that of step 5, the sixth."""
+    text = Reader(page_of([make(0), make(5)], config_yaml=f"trainer:\n  max_steps: {wanted}\n")).text
+    assert ("40 steps were to be taken; the last that records or logs know of is step 5." in text) == told
+    assert ("were to be taken" in text) == told
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_config_of_aliases_is_not_written_out(page_of, make):
+    """Nine of nine of nine ...: six lines that would be millions of words, and a plain value beside them."""
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcd", "bcde", strict=True)]
+    reader = Reader(page_of([make(0)], config_yaml="\n".join([*lines, "seed_everything: *e", "seed: 7"])))
+    assert ["seed", "7"] in reader.rows
 
 
 @pytest.mark.usefixtures("quick")
