@@ -67,7 +67,7 @@ def _folder_rows(folder: Path, split: str) -> Any:
         raise ValueError(f"expected a question and an answer per line in {file}, got an empty file")
     try:
         return load_dataset("json", data_files={split: str(file)}, split=split)
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ValueError) as error:  # by the version of datasets
         raise ValueError(
             f"expected JSON lines with a question and an answer in {file}, got {error.__cause__ or error}"
         ) from error
