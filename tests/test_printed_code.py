@@ -32,30 +32,22 @@ def test_all_python_that_is_printed_is_run():
 
 
 @pytest.fixture(scope="module")
-def policy_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("policy")
-    build_model().save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def lightning_run(policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def lightning_run(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Where the Lightning page's code has run, and its names."""
     folder = tmp_path_factory.mktemp("lightning")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        return folder, run_blocks("docs/attaching-to-lightning.md", {"folder": policy_dir})
+        return folder, run_blocks("docs/attaching-to-lightning.md", {"folder": tiny_policy_dir})
 
 
 @pytest.fixture(scope="module")
-def trl_run(policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trl_run(tiny_policy_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the TRL page's code has run."""
     pytest.importorskip("trl", reason="TRL is not installed (extra 'trl')")
     folder = tmp_path_factory.mktemp("trl")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run_blocks("docs/attaching-to-trl.md", {"folder": policy_dir})
+        run_blocks("docs/attaching-to-trl.md", {"folder": tiny_policy_dir})
     return folder / "run"
 
 

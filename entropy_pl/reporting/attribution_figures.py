@@ -26,6 +26,7 @@ from entropy_pl.reporting.figures import (
     LEGEND,
     RASTERIZED,
     TRUE_STYLE,
+    at_steps_taken,
     banded_curve,
     column,
     empty_figure,
@@ -40,7 +41,7 @@ from entropy_pl.reporting.figures import (
     side_by_side,
     units_of,
 )
-from entropy_pl.reporting.records import latest_per_step, taken_point
+from entropy_pl.reporting.records import latest_per_step
 from entropy_pl.reporting.visible_text import shortened, visible
 
 LOWERS, RAISES = "#D55E00", "#0072B2"
@@ -307,14 +308,11 @@ def exchange_rate_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     Returns:
         A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
     """
-    kept = [record for record in latest_per_step(records) if taken_point(record) is not None]
-    taken = [taken_point(record) or {} for record in kept]
-    reward, entropy = ([point.get(key) for point in taken] for key in ("reward_true", "true"))
+    kept, steps, (reward, entropy) = at_steps_taken(records, "reward_true", "true")
     x, y = column(reward, "value"), column(entropy, "value")
     real = np.isfinite(x + y)
     if not real.any():
         return empty_figure(f"no probe has measured a change of reward yet ({len(records)} recorded)")
-    steps = np.array([record["step"] for record in kept], dtype=float)
     figure, (left, right) = side_by_side(height=4.2, panels=2)
     scatter_of_steps(figure, left, steps, reward, entropy)
     left.axhline(0, color=GREY, linewidth=0.8, zorder=1)

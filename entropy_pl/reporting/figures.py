@@ -250,6 +250,16 @@ def scatter_of_steps(
         figure.colorbar(points, ax=axes, label="optimizer step", aspect=40, pad=0.02, ticks=_whole_numbers())
 
 
+def at_steps_taken(
+    records: Sequence[Mapping[str, Any]], *keys: str
+) -> tuple[list[Record], NDArray[np.float64], list[list[Mapping[str, Any] | None]]]:
+    """The probes that measured the step taken, their steps, and these estimates of it, a list for each key."""
+    kept = [record for record in latest_per_step(records) if taken_point(record) is not None]
+    points = [taken_point(record) or {} for record in kept]
+    steps = np.array([record["step"] for record in kept], dtype=float)
+    return kept, steps, [[point.get(key) for point in points] for key in keys]
+
+
 def margins(estimates: Sequence[Mapping[str, Any] | None]) -> NDArray[np.float64]:
     """Lengths of the error bars of an interval, downwards and upwards, ``[2, n]``; 0 where there is none."""
     ends = np.stack([column(estimates, key) for key in ("ci_low", "ci_high")])

@@ -19,6 +19,7 @@ from entropy_pl.reporting.figures import (
     GREY,
     RASTERIZED,
     TRUE_STYLE,
+    at_steps_taken,
     banded_curve,
     column,
     empty_figure,
@@ -99,14 +100,11 @@ def calibration_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     Returns:
         A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
     """
-    kept = [record for record in latest_per_step(records) if taken_point(record) is not None]
-    taken = [taken_point(record) or {} for record in kept]
-    first, true = ([point.get(key) for point in taken] for key in ("first_order", "true"))
+    kept, steps, (first, true) = at_steps_taken(records, "first_order", "true")
     x, y = column(first, "value"), column(true, "value")
     real = np.isfinite(x + y)
     if not real.any():
         return empty_figure(f"no probe has measured an entropy change yet ({len(records)} recorded)")
-    steps = np.array([record["step"] for record in kept], dtype=float)
     figure, (left, right) = side_by_side(height=4.0, panels=2)
     scatter_of_steps(figure, left, steps, first, true)
     left.axline(
