@@ -91,6 +91,8 @@ class ProbeSession:
     _probing: float = field(default=0.0, init=False, repr=False)  # seconds of all probes together
     attributed: AttributedTokens | None = field(default=None, init=False, repr=False)
     """Of the step measured last, where it was attributed."""
+    warnings: list[str] = field(default_factory=list, init=False)
+    """Sentences about the run itself that a reader of any of its records must know; every record repeats them."""
 
     def __post_init__(self) -> None:
         self.peers.agree("the E prompts", fingerprint(self.prompts))  # first: what follows is then the same for all
@@ -212,6 +214,7 @@ class ProbeSession:
             "step": step,
             "status": status,
             "message": None,
+            "warnings": list(self.warnings),
             "e_prompts": prompts,
             "processes": self.peers.size,
         }
@@ -259,6 +262,7 @@ class ProbeSession:
                 "seconds": seconds | found["seconds"],
                 "mean_completion_length": float(scores.base.mask.sum(1).double().mean()),
                 "absent": causes.absent,
+                "warnings": record["warnings"] + found["warnings"],
             }
         )
 

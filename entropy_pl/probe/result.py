@@ -118,6 +118,7 @@ class ProbeResult:
         counterfactuals: name → what another step would have done.
         seconds: wall time per phase.
         settings: the estimator's options, as given.
+        warnings: what a reader must know before believing the numbers, a sentence each.
     """
 
     entropy: EntropyChange
@@ -141,6 +142,7 @@ class ProbeResult:
     counterfactuals: dict[str, Counterfactual] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def taken(self) -> SweepPoint:
@@ -186,6 +188,7 @@ class ProbeResult:
         """Plain numbers: what a record holds of a probe."""
         return {
             "message": self.message,
+            "warnings": list(self.warnings),
             "lr": self.lr,
             "entropy": self.entropy.to_dict(),
             "first_order": self.first_order.to_dict(),
