@@ -15,7 +15,7 @@ from entropy_pl.objectives import counterfactual_names
 from entropy_pl.peers import Peers
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.policy.sample import decode_completions
-from entropy_pl.probe import EntropyProbe, ProbeScores, what_happened
+from entropy_pl.probe import EntropyProbe, ProbeScores, WithheldError, what_happened
 from entropy_pl.registry import did_you_mean
 from entropy_pl.reporting import AttributedTokens
 from entropy_pl.reporting.attributing import attribution_record, noted
@@ -91,6 +91,7 @@ class CausesOfStep:
         seed: of the run's probing.
         step: the optimizer step.
         absent: what was asked for and is not there, and why.
+        warnings: what a reader must know of it, sentences.
     """
 
     model: nn.Module
@@ -102,6 +103,7 @@ class CausesOfStep:
     seed: int
     step: int
     absent: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def update_batch(self) -> UpdateBatch | None:
         """The U-batch, if every process has its part; to be called while the step is under way."""
@@ -203,6 +205,10 @@ class CausesOfStep:
             )
             if whole.advantages is None:
                 self.absent["predictors"] = "the U-batch has no advantages"
+        except WithheldError as reason:
+            self.absent["attribution"] = str(reason)
+            self.warnings.append(str(reason))
+            return {}, None
         except Exception as error:
             self.absent["attribution"] = what_happened(error)
             return {}, None

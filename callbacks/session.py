@@ -262,7 +262,7 @@ class ProbeSession:
                 "seconds": seconds | found["seconds"],
                 "mean_completion_length": float(scores.base.mask.sum(1).double().mean()),
                 "absent": causes.absent,
-                "warnings": record["warnings"] + found["warnings"],
+                "warnings": list(dict.fromkeys([*record["warnings"], *found["warnings"], *causes.warnings])),
             }
         )
 

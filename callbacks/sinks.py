@@ -33,9 +33,12 @@ from entropy_pl.reporting import (
     scalars,
     top_tokens_figure,
 )
+from entropy_pl.reporting.tensorboard import WARNINGS
+from entropy_pl.reporting.trust import warnings_by_text
 
 SWEEP_TAG, ATTRIBUTION_TAG = "entropy_probe/eta_sweep", "entropy_probe/attribution/"
 ATTRIBUTION_FOLDER = "attribution"
+CAUTIONS = 10  # warnings under the closing table; the records and the report have all of them
 
 
 class Sink:
@@ -53,6 +56,9 @@ class Sink:
 
     def figure(self, tag: str, draw: Callable[[], Figure], step: int) -> None:
         """Log a picture, where the logger takes pictures."""
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Log a text, where the logger takes texts."""
 
 
 class TensorBoardSink(Sink):
@@ -79,6 +85,10 @@ class TensorBoardSink(Sink):
     def figure(self, tag: str, draw: Callable[[], Figure], step: int) -> None:
         """Log a picture."""
         self._writer.add_figure(tag, draw(), global_step=step)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Log a text."""
+        self._writer.add_text(tag, text, step)
 
 
 def publish(record: Record, sinks: Sequence[Sink], tokens: AttributedTokens | None, folder: Path) -> None:
@@ -112,6 +122,8 @@ def publish(record: Record, sinks: Sequence[Sink], tokens: AttributedTokens | No
                 sink.scalars(values, step)
             for tag, draw in figures.items():
                 sink.figure(tag, draw, step)
+            if record.get("warnings"):
+                sink.text(WARNINGS, "\n\n".join(record["warnings"]), step)
 
 
 def _write_tokens(tokens: AttributedTokens, name: Path) -> None:
@@ -143,6 +155,12 @@ def whatever_happens(what: str, advice: str | Callable[[], str] = "") -> Iterato
         warnings.warn(f"could not {what}, training goes on. {reason}", stacklevel=3)
 
 
+def _at(steps: Sequence[int | None]) -> str:
+    """Which steps a warning is of, before its text."""
+    shown = ", ".join(map(str, steps[:4])) + (f" and {len(steps) - 4} more" if len(steps) > 4 else "")
+    return f"(step{'s' if len(steps) > 1 else ''} {shown}) "
+
+
 def summarize(records_path: Path, sinks: Sequence[Sink]) -> None:
     """Draw the run's figures beside its records, print its table, and say where everything lies."""
     records = latest_per_step([r for r in read_records(records_path) if isinstance(r.get("step"), int)])
@@ -161,7 +179,8 @@ def summarize(records_path: Path, sinks: Sequence[Sink]) -> None:
     attributed = [record for record in records if record.get("attribution") or record.get("counterfactuals")]
     if attributed:
         console.print(attribution_table(attributed[-1]))
-    lines = [f"records  {records_path}", *(f"figure   {path}" for path in pictures)]
+    lines = [f"caution  {_at(steps)}{text}" for text, steps in list(warnings_by_text(records).items())[:CAUTIONS]]
+    lines += [f"records  {records_path}", *(f"figure   {path}" for path in pictures)]
     pages = sorted((records_path.parent / ATTRIBUTION_FOLDER).glob("step_*.html"))
     lines += [f"tokens   {pages[-1]}" + (f" and {len(pages) - 1} more" if len(pages) > 1 else "")] if pages else []
     lines += [f"curves   tensorboard --logdir {sink.tensorboard}" for sink in sinks if sink.tensorboard is not None]

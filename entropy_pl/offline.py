@@ -44,7 +44,7 @@ def run_measure(words: Sequence[str]) -> None:
     if results["attribution"] or results["counterfactuals"]:
         console.print(attribution_table(results))
     files: list[tuple[str, object]] = [("absent", f"{name}: {why}") for name, why in results["absent"].items()]
-    files += [("caution", results["message"])] if results["message"] else []
+    files += [("caution", warning) for warning in results["warnings"]]
     if settings.output_directory is not None:
         folder = Path(settings.output_directory)
         files += [("results", folder / RESULTS), ("figure", folder / FIGURE)]

@@ -8,11 +8,11 @@ from entropy_pl.estimators.derivatives import (
     second_order_delta_entropy,
 )
 from entropy_pl.estimators.differences import low_variance_delta_entropy, symmetric_difference
-from entropy_pl.estimators.estimate import EntropyChange, linear_combination, make_estimate
+from entropy_pl.estimators.estimate import EntropyChange, Weights, interval, linear_combination, make_estimate
 from entropy_pl.estimators.fits import PowerLaw, fit_power_law, linear_coefficient
 from entropy_pl.estimators.jackknife import jackknife_standard_error
 from entropy_pl.estimators.predictors import Agreement, agreement, covariance_prediction, steer_prediction
-from entropy_pl.estimators.ratio import Ratio, ratio
+from entropy_pl.estimators.ratio import FiellerSet, Ratio, eta_star, fieller_set, ratio
 from entropy_pl.estimators.reward import (
     first_order_delta_reward,
     reward_baseline,
@@ -25,16 +25,21 @@ __all__ = [
     "Agreement",
     "Baseline",
     "EntropyChange",
+    "FiellerSet",
     "Measure",
     "PowerLaw",
     "Ratio",
+    "Weights",
     "agreement",
     "covariance_prediction",
     "entropy_estimate",
+    "eta_star",
+    "fieller_set",
     "first_order_coefficients",
     "first_order_delta_entropy",
     "first_order_delta_reward",
     "fit_power_law",
+    "interval",
     "jackknife_standard_error",
     "linear_coefficient",
     "linear_combination",

@@ -5,17 +5,10 @@ from __future__ import annotations
 import math
 
 from entropy_pl.estimators.estimate import EntropyChange, linear_combination
-from entropy_pl.estimators.snis import Clusters
 
 
 def low_variance_delta_entropy(
-    true: EntropyChange,
-    matched: EntropyChange,
-    low: EntropyChange,
-    eta: float,
-    *,
-    clusters: Clusters = None,
-    confidence: float = 0.95,
+    true: EntropyChange, matched: EntropyChange, low: EntropyChange, eta: float
 ) -> EntropyChange:
     """ΔH(η) with its first order exchanged for a less noisy one: ΔH(η) − η·δH₁(matched) + η·δH₁(low variance).
 
@@ -27,8 +20,6 @@ def low_variance_delta_entropy(
         matched: first order per unit η with no baseline, and the options ``true`` was made with.
         low: first order per unit η with a baseline.
         eta: η.
-        clusters: prompt of each sequence, ``[N]``, where prompts repeat.
-        confidence: of the interval.
 
     Returns:
         ΔH(η) in nats; the health of the weights is ``true``'s, derivatives having none.
@@ -39,25 +30,16 @@ def low_variance_delta_entropy(
     Raises:
         ValueError: for estimates of different batches, as :func:`entropy_pl.estimators.linear_combination`.
     """
-    return linear_combination([(1.0, true), (-eta, matched), (eta, low)], clusters=clusters, confidence=confidence)
+    return linear_combination([(1.0, true), (-eta, matched), (eta, low)])
 
 
-def symmetric_difference(
-    plus: EntropyChange,
-    minus: EntropyChange,
-    eta: float,
-    *,
-    clusters: Clusters = None,
-    confidence: float = 0.95,
-) -> tuple[EntropyChange, EntropyChange]:
+def symmetric_difference(plus: EntropyChange, minus: EntropyChange, eta: float) -> tuple[EntropyChange, EntropyChange]:
     """Slope and curvature of the true change, from one step forward and one back.
 
     Args:
         plus: ΔH(η), nats.
         minus: ΔH(−η), nats, of the same batch.
         eta: η > 0.
-        clusters: prompt of each sequence, ``[N]``, where prompts repeat.
-        confidence: of the intervals.
 
     Returns:
         The odd part [ΔH(η) − ΔH(−η)]/2η = ⟨∇H, v⟩ + O(η²), per unit η, and the even part
@@ -73,7 +55,4 @@ def symmetric_difference(
         raise ValueError(f"expected a finite eta > 0, that of the step forward, got {eta}")
     odd = [(0.5 / eta, plus), (-0.5 / eta, minus)]
     even = [(1 / eta**2, plus), (1 / eta**2, minus)]
-    return (
-        linear_combination(odd, clusters=clusters, confidence=confidence),
-        linear_combination(even, clusters=clusters, confidence=confidence),
-    )
+    return linear_combination(odd), linear_combination(even)

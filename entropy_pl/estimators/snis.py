@@ -6,6 +6,7 @@ their noise and differ by curvature alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -13,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from entropy_pl.estimators.estimate import EntropyChange, make_estimate
+from entropy_pl.estimators.estimate import EntropyChange, Weights, make_estimate, standard_error
 from entropy_pl.rollout import TokenStats
 
 Normalize = Literal["per_token", "per_sequence"]
@@ -144,7 +145,7 @@ def snis_delta_entropy(
         clusters=clusters,
         confidence=confidence,
         mask=mask,
-        **_weight_health(torch.where(mask, s1 - s0, 0.0), mask, measure),
+        weights=_weights(torch.where(mask, s1 - s0, 0.0), mask, measure, clusters),
     )
 
 
@@ -226,19 +227,23 @@ def _self_normalized_total(log_weight: Tensor, x: Tensor) -> tuple[Tensor, Tenso
     return mean.sum(), (weight * (x - mean)).sum(1)
 
 
-def _weight_health(log_ratio: Tensor, mask: Tensor, measure: Measure) -> dict[str, float]:
-    """Effective sample sizes, the largest log weight and the clipped share of those that multiply an integrand."""
+def _weights(log_ratio: Tensor, mask: Tensor, measure: Measure, clusters: Clusters) -> Weights:
+    """Effective sample sizes, the mean weight, the largest log weight and the clipped share of those in use."""
     bound = measure.clip_log_weight
     log_weight, _ = replace(measure, clip_log_weight=None).log_weights(log_ratio)
     magnitude = (log_weight[mask] if measure.weighting == "prefix" else log_weight[:, 0]).abs()
     cumulative = log_ratio.cumsum(1)
+    of_sequences = cumulative[:, -1].exp()
+    mean = float(of_sequences.mean())
     if bound is not None:
         cumulative = cumulative.clamp(-bound, bound)
     weight = (cumulative - cumulative.amax(0)).exp()
     ess = weight.sum(0).square() / weight.square().sum(0)
-    return {
-        "ess": float(ess[-1]),
-        "ess_min": float(ess.min() if measure.weighting == "prefix" else ess[-1]),
-        "max_abs_log_weight": float(magnitude.max()),
-        "clip_fraction": 0.0 if bound is None else float((magnitude > bound).double().mean()),
-    }
+    return Weights(
+        ess=float(ess[-1]),
+        ess_min=float(ess.min() if measure.weighting == "prefix" else ess[-1]),
+        mean=mean,
+        mean_stderr=standard_error(of_sequences - mean, clusters)[0] if math.isfinite(mean) else 0.0,
+        max_abs_log=float(magnitude.max()),
+        clip_fraction=0.0 if bound is None else float((magnitude > bound).double().mean()),
+    )

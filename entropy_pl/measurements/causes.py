@@ -17,7 +17,7 @@ from entropy_pl.measurements.settings import MeasurementSettings, PrecisionSetti
 from entropy_pl.measurements.update import MeasuredUpdate, gradient_precision, same_choice_of_tokens
 from entropy_pl.objectives import RewardSum
 from entropy_pl.policy import decode_completions
-from entropy_pl.probe import ProbeScores
+from entropy_pl.probe import ProbeScores, WithheldError
 from entropy_pl.reporting import AttributedTokens, Record
 from entropy_pl.reporting.attributing import attribution_record, noted
 from entropy_pl.rollout import Rollout
@@ -36,6 +36,7 @@ class Causes:
         settings: of the measurement.
         update: v, with the U-batch behind it.
         absent: what was asked for and is not there, and why.
+        warnings: what a reader must know of it, sentences.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Causes:
     settings: MeasurementSettings
     update: MeasuredUpdate
     absent: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def rewards(self, rollout: Rollout, answers: Sequence[str]) -> Tensor | None:
         """Of E's completions, ``[N]``, by the rewards that U has.
@@ -117,6 +119,10 @@ class Causes:
                 matrix=matrix,
                 stderr=stderr,
             )
+        except WithheldError as reason:
+            self.absent["attribution"] = str(reason)
+            self.warnings.append(str(reason))
+            return {}, None
         except Exception as error:
             self.absent["attribution"] = _said(error)
             return {}, None

@@ -157,6 +157,7 @@ class EntropyMeasurements:
             del seconds["attribution"]
         results = self._results(drawn, result, seconds | drawn.seconds | scores.seconds, fingerprint)
         results |= explained | {"absent": causes.absent}
+        results["warnings"] = list(dict.fromkeys([*results["warnings"], *causes.warnings]))
         if folder is not None:
             folder.write(results, tokens)
         if settings.detailed_logging.enabled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +196,28 @@ def one_sided_tangent(
         return TokenStats((moved.logp - base.logp) / step, (moved.entropy - base.entropy) / step, base.mask)
 
 
+def central_difference(
+    model: nn.Module, rollout: Rollout, update: UpdateVector, step: float, **scoring: Any
+) -> TokenStats:
+    """First derivatives (ṡ, ḣ) along v by differences at a step of one's own, (stats(h) − stats(−h))/2h.
+
+    Args:
+        model: a causal language model.
+        rollout: ``[N, T]``.
+        update: v.
+        step: h, in η.
+        scoring: options of :func:`~entropy_pl.policy.score.token_stats`.
+
+    Returns:
+        ``[N, T]``, nats per unit η.
+
+    Raises:
+        NonFiniteError: if a logit is NaN or +inf.
+    """
+    plus, minus = (token_stats(model, rollout, update=update, eta=eta, **scoring) for eta in (step, -step))
+    return _first_difference(plus, minus, step)
+
+
 def resolve_method(model: nn.Module, method: Method) -> str:
     """The method that ``auto`` means for this model, or the one asked for if it can be had.
 
@@ -327,8 +349,12 @@ def _longest(lengths: Tensor, count: int, peers: Peers) -> Tensor:
     return torch.tensor(mine, dtype=torch.long, device=lengths.device)
 
 
+def _first_difference(plus: TokenStats, minus: TokenStats, step: float) -> TokenStats:
+    return TokenStats((plus.logp - minus.logp) / (2 * step), (plus.entropy - minus.entropy) / (2 * step), plus.mask)
+
+
 def _central_difference(base: TokenStats | None, plus: TokenStats, minus: TokenStats, step: float) -> Tangents:
-    first = TokenStats((plus.logp - minus.logp) / (2 * step), (plus.entropy - minus.entropy) / (2 * step), plus.mask)
+    first = _first_difference(plus, minus, step)
     if base is None:
         middle = TokenStats((plus.logp + minus.logp) / 2, (plus.entropy + minus.entropy) / 2, plus.mask)
         return Tangents(middle, first, None, "central_difference", step)

@@ -10,6 +10,7 @@ from entropy_pl.probe.memory import PeakMemory, peak_memory, what_happened
 from entropy_pl.probe.result import Counterfactual, ProbeResult, SweepPoint, SymmetricPoint
 from entropy_pl.probe.scores import ProbeScores
 from entropy_pl.probe.settings import Precision, ProbeSettings
+from entropy_pl.probe.smoothness import WithheldError
 from entropy_pl.probe.timing import timed
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ProbeSettings",
     "SweepPoint",
     "SymmetricPoint",
+    "WithheldError",
     "peak_memory",
     "probe_memory",
     "timed",

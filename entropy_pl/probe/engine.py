@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from entropy_pl.attribution import (
@@ -24,12 +25,13 @@ from entropy_pl.policy.logits import NonFiniteError, compiled_statistics
 from entropy_pl.policy.micro_batches import default_batch_tokens
 from entropy_pl.policy.precision import evaluation, float64_evaluation, refuse_quantized
 from entropy_pl.policy.score import head_inputs, token_stats
-from entropy_pl.policy.tangents import Tangents, resolve_method, tangents
+from entropy_pl.policy.tangents import Tangents, central_difference, resolve_method, tangents
 from entropy_pl.probe.memory import what_happened
 from entropy_pl.probe.reduction import baseline_of, reduce_scores
 from entropy_pl.probe.result import ProbeResult
-from entropy_pl.probe.scores import CounterfactualScores, ProbeScores
+from entropy_pl.probe.scores import CounterfactualScores, HalvedStep, ProbeScores
 from entropy_pl.probe.settings import ProbeSettings
+from entropy_pl.probe.smoothness import CHECKED_SEQUENCES, WithheldError, checked_attribution, judge_derivatives
 from entropy_pl.probe.timing import timed
 from entropy_pl.rollout import Rollout, TokenStats, prompt_clusters
 from entropy_pl.updates.vector import UpdateVector
@@ -121,7 +123,10 @@ class EntropyProbe(ProbeSettings):
         if update_batch is None:
             return result
         with timed(result.seconds, "attribution", model):
-            attribution = self.attribute(model, rollout, update, update_batch, scores, peers=peers, on_pass=on_pass)
+            try:
+                attribution = self.attribute(model, rollout, update, update_batch, scores, peers=peers, on_pass=on_pass)
+            except WithheldError as reason:
+                return result.warned(str(reason))
         return replace(result, attribution=attribution)
 
     def collect(
@@ -170,11 +175,15 @@ class EntropyProbe(ProbeSettings):
         """The attribution of :meth:`measure`, from its arguments and the scores at hand.
 
         Raises:
+            WithheldError: if the policy is not smooth along v, or autograd does not give the slope of its forward pass.
             ValueError: for an update without components.
             PeerError: if another process failed.
         """
+        judged = judge_derivatives(self, scores)
+        if (reason := judged.withheld or judged.autograd) is not None:
+            raise WithheldError(reason)
         with self.evaluation(model):
-            return attribute_update(
+            attribution = attribute_update(
                 model,
                 rollout,
                 update_batch.rollout,
@@ -187,6 +196,7 @@ class EntropyProbe(ProbeSettings):
                 on_pass=on_pass,
                 **self._attributing(update_batch, scores),
             )
+        return checked_attribution(self, scores, baseline_of(self, scores), attribution)
 
     def influence_matrix(
         self, model: nn.Module, rollout: Rollout, update: UpdateVector, update_batch: UpdateBatch, scores: ProbeScores
@@ -278,7 +288,9 @@ class EntropyProbe(ProbeSettings):
         shifted = {}
         with self.evaluation(model):
             with timed(seconds, "tangents", model):
-                tangent = self._tangents(model, rollout, update, peers, on_pass)
+                tangent, differences = self._tangents(model, rollout, update, peers, on_pass)
+            with timed(seconds, "check", model):
+                halved = self._halved(model, rollout, update, tangent.step, peers)
             if self.needs_features:
                 with timed(seconds, "features", model):
                     features = head_inputs(model, rollout, max_batch_tokens=self.max_batch_tokens)
@@ -301,6 +313,8 @@ class EntropyProbe(ProbeSettings):
             tangent.method,
             tangent.step,
             seconds,
+            differences=differences,
+            halved=halved,
         )
 
     def _score_counterfactuals(
@@ -351,11 +365,26 @@ class EntropyProbe(ProbeSettings):
         update: UpdateVector,
         peers: Peers,
         on_pass: Callable[[str], None],
-    ) -> Tangents:
-        """First and second derivatives: forward mode has no cheap second order, so differences supply it."""
+    ) -> tuple[Tangents, TokenStats | None]:
+        """First and second derivatives: forward mode has no cheap second order, so differences supply it.
+
+        Beside those of forward mode also the first ones by differences, which cost nothing more.
+        """
         options = {**self.scoring, "peers": peers, "on_pass": on_pass}
         tangent = tangents(model, rollout, update, method=self.method, **options)
-        if tangent.second is None:
-            differences = tangents(model, rollout, update, method="central_difference", base=tangent.base, **options)
-            tangent = replace(tangent, second=differences.second, step=differences.step)
-        return tangent
+        if tangent.second is not None:
+            return tangent, None
+        differences = tangents(model, rollout, update, method="central_difference", base=tangent.base, **options)
+        return replace(tangent, second=differences.second, step=differences.step), differences.first
+
+    def _halved(
+        self, model: nn.Module, rollout: Rollout, update: UpdateVector, step: float | None, peers: Peers
+    ) -> HalvedStep | None:
+        """Differences at half the step, of as many sequences as it takes to see whether they are the same."""
+        share = min(len(rollout), -(-CHECKED_SEQUENCES // peers.size))
+        if not step or not share:
+            return None
+        rows = torch.arange(len(rollout)) < share
+        part = rollout.select(rows.to(rollout.prompt_ids.device))
+        first = central_difference(model, part, update, step / 2, **self.scoring)
+        return HalvedStep(rows.to(first.mask.device), first)

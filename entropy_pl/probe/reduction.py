@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from entropy_pl.estimators import (
     EntropyChange,
     entropy_estimate,
+    eta_star,
     first_order_delta_entropy,
     first_order_delta_reward,
     fit_power_law,
@@ -27,10 +28,11 @@ from entropy_pl.estimators import (
     snis_delta_reward,
     symmetric_difference,
 )
-from entropy_pl.estimators.estimate import standard_error
+from entropy_pl.probe.doubts import doubts
 from entropy_pl.probe.result import Counterfactual, ProbeResult, SweepPoint, SymmetricPoint
 from entropy_pl.probe.scores import ProbeScores
 from entropy_pl.probe.settings import ProbeSettings
+from entropy_pl.probe.smoothness import judge_derivatives
 from entropy_pl.rollout import TokenStats
 from entropy_pl.updates.vector import UpdateVector
 
@@ -44,28 +46,38 @@ class _Quantity:
         matched: its derivative at η = 0, per unit η: it shares the plain one's noise.
         first: the same derivative with less noise; ``matched`` itself without a baseline.
         variance: of ``first`` that its influences leave out.
-        error_bar: clusters and confidence.
     """
 
     plain: Callable[[TokenStats], EntropyChange]
     matched: EntropyChange
     first: EntropyChange
     variance: float
-    error_bar: dict[str, Any]
 
     def at(self, eta: float, shifted: TokenStats) -> EntropyChange:
         """The change at θ+ηv, its first-order part replaced by the one with less noise."""
         change = self.plain(shifted)
-        if self.first is not self.matched:
-            change = low_variance_delta_entropy(change, self.matched, self.first, eta, **self.error_bar)
-        return _less_certain(change, eta**2 * self.variance)
+        if self.first is self.matched:
+            return change
+        return _less_certain(low_variance_delta_entropy(change, self.matched, self.first, eta), eta**2 * self.variance)
+
+    def without_derivatives(self, reason: str) -> _Quantity:
+        """The same with its first order withheld, and so with no noise taken from the change by it."""
+        withheld = self.matched.withheld_because(reason)
+        return _Quantity(self.plain, withheld, withheld, 0.0)
 
 
 def reduce_scores(settings: ProbeSettings, scores: ProbeScores, update: UpdateVector) -> ProbeResult:
     """The estimates of a probe, from scores at hand; see :meth:`entropy_pl.probe.EntropyProbe.reduce`."""
     error_bar: dict[str, Any] = {"clusters": scores.clusters, "confidence": settings.confidence}
+    derivatives = judge_derivatives(settings, scores)
+    scores = replace(scores, tangent=derivatives.tangent, method=derivatives.method)
     entropy = _entropy(settings, scores, error_bar)
     reward = None if scores.rewards is None else _reward(settings, scores, scores.rewards, error_bar)
+    second = second_order_delta_entropy(scores.base, scores.tangent, scores.curvature, **settings.estimate, **error_bar)
+    if derivatives.withheld is not None:
+        entropy = entropy.without_derivatives(derivatives.withheld)
+        reward = None if reward is None else reward.without_derivatives(derivatives.withheld)
+        second = second.withheld_because(derivatives.withheld)
     sweep = [
         SweepPoint(
             eta=eta,
@@ -80,22 +92,22 @@ def reduce_scores(settings: ProbeSettings, scores: ProbeScores, update: UpdateVe
     taken = next((point for point in sweep if point.taken), None)
     exchange_rate = None
     if taken is not None and taken.reward_true is not None:
-        exchange_rate = ratio(taken.true, taken.reward_true, **error_bar)
+        exchange_rate = ratio(taken.true, taken.reward_true)
     forward = [point for point in sweep if point.eta > 0]
-    second = second_order_delta_entropy(scores.base, scores.tangent, scores.curvature, **settings.estimate, **error_bar)
-    eta_star, eta_star_stderr = _eta_star(entropy.first, second, scores.clusters)
+    star, star_low, star_high = eta_star(entropy.first, second)
     of_base: dict[str, Any] = {"normalize": settings.normalize, "integrand": settings.integrand}
     return ProbeResult(
         entropy=entropy_estimate(scores.base, **of_base, **error_bar),
         first_order=entropy.first,
         second_order=second,
-        eta_star=eta_star,
-        eta_star_stderr=eta_star_stderr,
+        eta_star=star,
+        eta_star_ci_low=star_low,
+        eta_star_ci_high=star_high,
         sweep=sweep,
         symmetric=[
             SymmetricPoint(eta, _less_certain(odd, entropy.variance), even)
             for eta, plus, minus in _pairs(sweep)
-            for odd, even in [symmetric_difference(plus, minus, eta, **error_bar)]
+            for odd, even in [symmetric_difference(plus, minus, eta)]
         ],
         power_law=fit_power_law([p.eta for p in forward], [p.true.value for p in forward]),
         lr=update.lr,
@@ -105,11 +117,14 @@ def reduce_scores(settings: ProbeSettings, scores: ProbeScores, update: UpdateVe
         update_split_absent=update.split_absent,
         method=scores.method,
         difference_step=scores.difference_step,
+        difference_error=derivatives.difference_error,
+        roughness=derivatives.roughness,
         expected_reward=None if scores.rewards is None else reward_estimate(scores.base, scores.rewards, **error_bar),
         exchange_rate=exchange_rate,
         counterfactuals=_counterfactuals(scores, entropy, reward, scores.shifted.get(update.lr)),
         seconds=dict(scores.seconds),
         settings=settings.recorded,
+        warnings=doubts(sweep, entropy.first, derivatives, scores, update.lr),
     )
 
 
@@ -138,7 +153,7 @@ def _entropy(settings: ProbeSettings, scores: ProbeScores, error_bar: dict[str, 
     def plain(shifted: TokenStats) -> EntropyChange:
         return snis_delta_entropy(scores.base, shifted, clip_log_weight=settings.clip_log_weight, **options)
 
-    return _Quantity(plain, matched, first, variance, error_bar)
+    return _Quantity(plain, matched, first, variance)
 
 
 def _reward(settings: ProbeSettings, scores: ProbeScores, rewards: Tensor, error_bar: dict[str, Any]) -> _Quantity:
@@ -157,7 +172,7 @@ def _reward(settings: ProbeSettings, scores: ProbeScores, rewards: Tensor, error
     def plain(shifted: TokenStats) -> EntropyChange:
         return snis_delta_reward(scores.base, shifted, rewards, clip_log_weight=settings.clip_log_weight, **error_bar)
 
-    return _Quantity(plain, matched, first, 0.0, error_bar)
+    return _Quantity(plain, matched, first, 0.0)
 
 
 def _counterfactuals(
@@ -169,7 +184,7 @@ def _counterfactuals(
         change = quantity.plain(stats)
         if taken is None:
             return change, None
-        return change, linear_combination([(1.0, change), (-1.0, quantity.plain(taken))], **quantity.error_bar)
+        return change, linear_combination([(1.0, change), (-1.0, quantity.plain(taken))])
 
     found = {}
     for name, scored in scores.counterfactuals.items():
@@ -212,14 +227,3 @@ def _pairs(sweep: list[SweepPoint]) -> list[tuple[float, EntropyChange, EntropyC
     """Every η > 0 with the changes at η and at −η, where the sweep holds both."""
     at = {point.eta: point.true for point in sweep}
     return [(eta, at[eta], at[-eta]) for eta in at if eta > 0 and -eta in at]
-
-
-def _eta_star(
-    first: EntropyChange, second: EntropyChange, clusters: Tensor | None
-) -> tuple[float | None, float | None]:
-    """η* = 2|a|/|b| and its standard error, from the influences of a and b (delta method)."""
-    if not first.value or not second.value:
-        return (0.0 if second.value else None), None
-    eta_star = 2 * abs(first.value) / abs(second.value)
-    influence = eta_star * (first.influence / first.value - second.influence / second.value)
-    return eta_star, standard_error(influence, clusters)[0]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from entropy_pl.attribution import Attribution
 from entropy_pl.estimators import EntropyChange, PowerLaw, Ratio
-from entropy_pl.estimators.estimate import TRUSTED_ESS
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +98,9 @@ class ProbeResult:
         first_order: ⟨∇H, v⟩, per unit η.
         second_order: v'∇²H v, per unit η².
         eta_star: ``2|⟨∇H, v⟩|/|v'∇²H v|``, the η at which first and second order are equal in size; None when there is
-            no curvature at all.
-        eta_star_stderr: its standard error, by the delta method on the influences of both.
+            no curvature at all, NaN where the derivatives are withheld.
+        eta_star_ci_low: lower end of its interval, by Fieller's set (:func:`entropy_pl.estimators.eta_star`).
+        eta_star_ci_high: upper end; None where it is unbounded: the curvature is not told from zero.
         sweep: one :class:`SweepPoint` per η, in ascending order.
         symmetric: one :class:`SymmetricPoint` per pair ±η of the sweep.
         power_law: ``log |ΔH|`` against log η over the sweep's η > 0: slope 1 is first order. None where no line can be
@@ -112,6 +112,9 @@ class ProbeResult:
         update_split_absent: why there are no components, in words; None where there are.
         method: how the first derivatives were made.
         difference_step: h of the central difference behind the derivatives, in η.
+        difference_error: how far the first order at h is from that at h/2, per unit η, over the sequences that were
+            checked: an estimate of what taking differences adds to its error. 0 of forward mode.
+        roughness: sd(ψ(h) − ψ(h/2))/sd(ψ(h)) of its influences; above 0.1 the policy is not smooth along v.
         expected_reward: J(π_θ), the mean reward of E; None without rewards.
         exchange_rate: ΔH/ΔJ of the step really taken, nats per unit of reward; None without rewards.
         attribution: who moved the entropy; None where no U-batch was given.
@@ -125,7 +128,8 @@ class ProbeResult:
     first_order: EntropyChange
     second_order: EntropyChange
     eta_star: float | None
-    eta_star_stderr: float | None
+    eta_star_ci_low: float | None
+    eta_star_ci_high: float | None
     sweep: list[SweepPoint]
     symmetric: list[SymmetricPoint]
     power_law: PowerLaw | None
@@ -136,6 +140,8 @@ class ProbeResult:
     update_split_absent: str | None
     method: str
     difference_step: float | None
+    difference_error: float | None = None
+    roughness: float | None = None
     expected_reward: EntropyChange | None = None
     exchange_rate: Ratio | None = None
     attribution: Attribution | None = None
@@ -158,43 +164,27 @@ class ProbeResult:
 
     @property
     def untrustworthy_from(self) -> float | None:
-        """The smallest ``|η|`` of the sweep whose importance weights have collapsed; None where none have.
+        """The smallest ``|η|`` of the sweep at which ΔH must not be believed; None where there is none.
 
         See :attr:`entropy_pl.estimators.EntropyChange.trustworthy`.
         """
-        point = self._collapsed
-        return None if point is None else abs(point.eta)
+        return min((abs(point.eta) for point in self.sweep if not point.true.trustworthy), default=None)
 
-    @property
-    def message(self) -> str | None:
-        """What a reader must know before believing the numbers, in one sentence; None where there is nothing."""
-        point = self._collapsed
-        if point is None:
-            return None
-        true = point.true
-        # log-normal weights, of log variance proportional to η²: ESS/N = exp(−variance)
-        limit = abs(point.eta) * math.sqrt(math.log(TRUSTED_ESS) / math.log(true.ess_min / true.n_sequences))
-        return (
-            f"expected an effective sample size of at least half the {true.n_sequences} sequences, got "
-            f"{true.ess_min:.3g} at η = {point.eta:.3g}: do not trust ΔH there and further from zero; measure at η "
-            f"below about {limit:.2g}, or compare the entropies of completions drawn before the step and after it"
-        )
-
-    @property
-    def _collapsed(self) -> SweepPoint | None:
-        return min((p for p in self.sweep if not p.true.trustworthy), key=lambda p: abs(p.eta), default=None)
+    def warned(self, *reasons: str) -> ProbeResult:
+        """The same result with further warnings, each once."""
+        return replace(self, warnings=tuple(dict.fromkeys((*self.warnings, *reasons))))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers: what a record holds of a probe."""
         return {
-            "message": self.message,
             "warnings": list(self.warnings),
             "lr": self.lr,
             "entropy": self.entropy.to_dict(),
             "first_order": self.first_order.to_dict(),
             "second_order": self.second_order.to_dict(),
-            "eta_star": self.eta_star,
-            "eta_star_stderr": self.eta_star_stderr,
+            "eta_star": self.eta_star if self.eta_star is not None and math.isfinite(self.eta_star) else None,
+            "eta_star_ci_low": self.eta_star_ci_low,
+            "eta_star_ci_high": self.eta_star_ci_high,
             "sweep": [point.to_dict() for point in self.sweep],
             "untrustworthy_from": self.untrustworthy_from,
             "symmetric": [point.to_dict() for point in self.symmetric],
@@ -205,6 +195,8 @@ class ProbeResult:
             "update_split_absent": self.update_split_absent,
             "method": self.method,
             "difference_step": self.difference_step,
+            "difference_error": self.difference_error,
+            "roughness": self.roughness,
             "expected_reward": None if self.expected_reward is None else self.expected_reward.to_dict(),
             "exchange_rate": None if self.exchange_rate is None else self.exchange_rate.to_dict(),
             "attribution": None if self.attribution is None else self.attribution.to_dict(),

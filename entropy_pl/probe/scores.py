@@ -27,6 +27,36 @@ class CounterfactualScores:
 
 
 @dataclass(frozen=True, eq=False)
+class HalvedStep:
+    """First derivatives of some sequences by central differences at half the usual step: are they the same?
+
+    Args:
+        rows: which sequences of the E-batch, ``[N]``, bool; n of them.
+        first: their derivatives per unit η, ``[n, T]``.
+    """
+
+    rows: Tensor
+    first: TokenStats
+
+    def select(self, rows: Tensor) -> HalvedStep | None:
+        """Of some sequences of the E-batch, as if the others had never been drawn; None where none of them was."""
+        kept = self.rows[rows]
+        place = (self.rows.cumsum(0) - 1)[rows][kept]
+        return HalvedStep(kept, self.first.select(place)) if len(place) else None
+
+    def to(self, device: torch.device | str) -> HalvedStep:
+        """The same numbers on another device."""
+        return HalvedStep(self.rows.to(device), self.first.to(device))
+
+    @staticmethod
+    def concatenate(parts: Sequence[HalvedStep]) -> HalvedStep:
+        """Of all shares of the E-batch."""
+        return HalvedStep(
+            torch.cat([part.rows for part in parts]), TokenStats.concatenate([part.first for part in parts])
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class ProbeScores:
     """An E-batch, scored at θ, along v, and at every θ+ηv.
 
@@ -44,6 +74,8 @@ class ProbeScores:
         rewards: of every sequence, ``[N]``; None where nobody asked for them.
         counterfactuals: name → E after another step.
         failed: name → why E could not be scored after that step.
+        differences: first derivatives by central differences, ``[N, T]``, where ``tangent`` is by forward mode.
+        halved: the same at half the step, of some sequences; None where that was not asked for, or nothing moved.
     """
 
     base: TokenStats
@@ -58,6 +90,8 @@ class ProbeScores:
     rewards: Tensor | None = None
     counterfactuals: dict[str, CounterfactualScores] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    differences: TokenStats | None = None
+    halved: HalvedStep | None = None
 
     def __len__(self) -> int:
         return len(self.base)
@@ -81,6 +115,8 @@ class ProbeScores:
             None if self.rewards is None else self.rewards[rows],
             {name: replace(c, stats=c.stats.select(rows)) for name, c in self.counterfactuals.items()},
             self.failed,
+            None if self.differences is None else self.differences.select(rows),
+            None if self.halved is None else self.halved.select(rows),
         )
 
     def to(self, device: torch.device | str) -> ProbeScores:
@@ -95,6 +131,8 @@ class ProbeScores:
             features=None if self.features is None else self.features.to(device),
             rewards=None if self.rewards is None else self.rewards.to(device),
             counterfactuals={n: replace(c, stats=c.stats.to(device)) for n, c in self.counterfactuals.items()},
+            differences=None if self.differences is None else self.differences.to(device),
+            halved=None if self.halved is None else self.halved.to(device),
         )
 
     @staticmethod
@@ -104,6 +142,8 @@ class ProbeScores:
         clusters = [part.clusters for part in parts if part.clusters is not None]
         features = [part.features for part in parts if part.features is not None]
         rewards = [part.rewards for part in parts if part.rewards is not None]
+        differences = [part.differences for part in parts if part.differences is not None]
+        halved = [part.halved for part in parts if part.halved is not None]
         return replace(
             first,
             base=TokenStats.concatenate([part.base for part in parts]),
@@ -117,4 +157,6 @@ class ProbeScores:
                 name: replace(one, stats=TokenStats.concatenate([part.counterfactuals[name].stats for part in parts]))
                 for name, one in first.counterfactuals.items()
             },
+            differences=TokenStats.concatenate(differences) if differences else None,
+            halved=HalvedStep.concatenate(halved) if halved else None,
         )

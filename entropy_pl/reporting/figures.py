@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from entropy_pl.reporting.records import Record, latest_per_step, number, taken_point
+from entropy_pl.reporting.table import DASH, eta_star_shown
 from entropy_pl.reporting.trust import UNTRUSTED, untrustworthy
 
 WIDTH, DPI = 7.5, 120  # inches, dots per inch: 900 pixels
@@ -141,8 +142,8 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
     true = [point.get("true") for point in sweep]
     handles += _mark_untrusted(axes, etas, column(true, "value") / (etas if per_eta else 1), true)
     title, eta_star = step, number(record, "eta_star")
-    if math.isfinite(eta_star):
-        title += rf",  $\eta^*$ = {scientific(eta_star)}"
+    if (interval := eta_star_shown(record)) != DASH:
+        title += rf",  $\eta^*$ {interval}"
     if grid[0] <= eta_star <= grid[-1]:
         handles.append(axes.axvline(eta_star, color=GREY, linestyle=":", linewidth=1.4, label=r"$\eta^*$"))
     for eta, point in zip(etas, sweep, strict=True):
@@ -198,7 +199,7 @@ def _predictions(axes: Axes, grid: NDArray[np.float64], record: Mapping[str, Any
 def _mark_untrusted(
     axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], estimates: Sequence[Mapping[str, Any] | None]
 ) -> list[Artist]:
-    """A hollow grey marker over every point whose importance weights had collapsed."""
+    """A hollow grey marker over every point that must not be believed."""
     these = np.array([untrustworthy(estimate) for estimate in estimates])
     return list(axes.plot(x[these], y[these], label=UNTRUSTED, **UNTRUSTED_STYLE)) if these.any() else []
 

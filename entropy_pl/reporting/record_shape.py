@@ -17,6 +17,7 @@ _EVERY: dict[str, Any] = {_ANY: _SOME}
 _POINT = dict.fromkeys(("true", "first_order", "reward_true", "reward_first_order"), _SOME)
 _RECORD: dict[str, Any] = {
     **dict.fromkeys(("kind", "status", "message", "normalize"), _TEXT),
+    "warnings": [_TEXT],
     "step": _STEP,
     "confidence": "a number",
     **dict.fromkeys(("entropy", "first_order", "second_order", "expected_reward", "exchange_rate"), _SOME),

@@ -133,29 +133,31 @@ def step_size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         records: probe records in the order they were written; steps probed twice show their latest record.
 
     Returns:
-        A figure 900 pixels wide, its vertical axis logarithmic, η* with one standard error either way; with a line of
-        text saying so where there is nothing to draw.
+        A figure 900 pixels wide, its vertical axis logarithmic, η* with its confidence interval, an arrow where that
+        has no upper end; with a line of text saying so where there is nothing to draw.
     """
     kept = [record for record in latest_per_step(records) if number(record, "eta_star") > 0]
     if not kept:
         return empty_figure(f"no probe has found an η* yet ({len(records)} recorded)")
     steps = np.array([record["step"] for record in kept], dtype=float)
-    stars, errors, rates = (column(kept, key) for key in ("eta_star", "eta_star_stderr", "lr"))
+    stars, lows, highs, rates = (column(kept, key) for key in ("eta_star", "eta_star_ci_low", "eta_star_ci_high", "lr"))
     figure = new_figure(height=3.4)
     axes: Axes = figure.subplots()
     axes.set_yscale("log")
-    # an error bar down to zero or below has no place on a logarithmic axis: it ends at a tenth
-    below = np.minimum(np.nan_to_num(errors), 0.9 * stars)
+    # zero has no place on a logarithmic axis: an error bar down to it ends at a tenth
+    below = np.minimum(np.nan_to_num(stars - lows), 0.9 * stars)
+    unbounded = np.isfinite(lows) & np.isnan(highs)
     axes.errorbar(
         steps,
         stars,
-        yerr=np.stack([below, np.nan_to_num(errors)]),
+        yerr=np.stack([below.clip(0), np.where(unbounded, stars, np.nan_to_num(highs - stars)).clip(0)]),
+        lolims=unbounded,
         color=TRUE_STYLE["color"],
         marker="o",
         markersize=5,
         linewidth=1.4,
         elinewidth=1.0,
-        label=r"$\eta^*$ ± standard error",
+        label=r"$\eta^*$ with its interval (arrow: unbounded)",
         rasterized=bool(len(steps) > RASTERIZED),
     )
     rated = rates > 0

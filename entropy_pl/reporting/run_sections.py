@@ -42,7 +42,7 @@ from entropy_pl.reporting.table import (
     sweep_cells,
     with_error,
 )
-from entropy_pl.reporting.trust import UNTRUSTED, any_untrustworthy, untrustworthy
+from entropy_pl.reporting.trust import UNTRUSTED, any_untrustworthy, untrustworthy, warnings_by_text
 from entropy_pl.reporting.visible_text import shortened, visible
 from entropy_pl.version import __version__
 
@@ -237,7 +237,7 @@ def _training(run: RunFolder) -> list[Record]:
 def _changes(run: RunFolder) -> list[Record]:
     probes = _probes(run)
     rows = [[minus(shortened(cell, 80)) for cell in probe_cells(record)] for record in probes]
-    columns = ["step", "ΔH ± SE", "δH₁ ± SE", "ESS", "η* ± SE", "reward"]
+    columns = ["step", "ΔH ± SE", "δH₁ ± SE", "ESS", "η* from, to", "reward"]
     return [
         picture(partial(delta_entropy_figure, probes), "ΔH and δH₁ of the steps taken, with confidence bands"),
         paragraph(
@@ -265,8 +265,8 @@ def _reach(run: RunFolder) -> list[Record]:
         picture(partial(step_size_figure, run.records), "η* and the learning rate over the optimizer steps"),
         paragraph(
             "η* is the step size at which the second order has grown as large as the first. Far below it, first-order "
-            "theory of the entropy describes the run; near it, it does not. An η* whose error bar is as long as itself "
-            "says “large”, and no number."
+            "theory of the entropy describes the run; near it, it does not. Where curvature is not told from zero, the "
+            "interval has no upper end, and its lower end is what is known."
         ),
     ]
 
@@ -397,7 +397,7 @@ def _predictors(record: Record) -> Record:
 
 
 def _failures(run: RunFolder) -> list[Record]:
-    parts = []
+    parts: list[Record] = []
     groups: dict[tuple[str, str], list[str]] = {}
     for record in run.records:
         if not _is_ok(record):
@@ -409,14 +409,9 @@ def _failures(run: RunFolder) -> list[Record]:
     if run.damaged:
         parts.append(paragraph(f"{len(run.damaged)} things could not be read, and are not on this page:", faint=False))
         parts.append(_list([shortened(line, MESSAGE) for line in run.damaged]))
-    doubted = [record for record in _measured(run) if any_untrustworthy(record["sweep"])]
-    if doubted:
-        rows = [
-            [str(record.get("step")), _short(number(record, "untrustworthy_from")), _short(number(record, "lr"))]
-            for record in doubted
-        ]
-        columns = ["step", f"ΔH {UNTRUSTED}, from η =", "learning rate"]
-        parts.append(_table(columns, rows, "value value value", counted="probes"))
+    if warned := warnings_by_text(_probes(run)):
+        rows = [[_listed([str(step) for step in steps]), shortened(text, MESSAGE)] for text, steps in warned.items()]
+        parts.append(_table(["probe of", "warning"], rows, "value value", counted="warnings"))
     return parts or [paragraph("Nothing: every probe gave a result, and every line of the records could be read.")]
 
 

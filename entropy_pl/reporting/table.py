@@ -38,7 +38,7 @@ def probe_table(records: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("ΔH ± SE", justify="right", min_width=20, max_width=24)
     table.add_column("δH₁ ± SE", justify="right", min_width=20, max_width=24)
     table.add_column("ESS", justify="right", no_wrap=True)
-    table.add_column("η* ± SE", justify="right", no_wrap=True)
+    table.add_column("η* from, to", justify="right", no_wrap=True)
     table.add_column("reward", justify="right", no_wrap=True)
     for record in records:
         # Text, not str: a message such as "got [256, 48]" is no markup
@@ -160,7 +160,7 @@ def _sweep_caption(record: Mapping[str, Any]) -> str:
     unit = str(record.get("normalize", "")).replace("_", " ")
     parts = [f"H = {number(entropy, 'value'):.4f} ± {number(entropy, 'stderr'):.1e} nats {unit}".rstrip()]
     parts.append(f"N = {number(entropy, 'n_sequences'):.0f}")
-    parts.append(f"η* = {_shown(record, 'eta_star', '.1e', error='eta_star_stderr')}")
+    parts.append(f"η* {eta_star_shown(record)}")
     if law:
         parts.append(f"log-log slope {number(law, 'slope'):.4f}, R² {number(law, 'r_squared'):.6f}")
     if any(point.get("taken") for point in record.get("sweep") or ()):
@@ -210,7 +210,7 @@ def probe_cells(record: Mapping[str, Any]) -> list[str]:
         str(record["step"]),
         *changes,
         effective,
-        _shown(record, "eta_star", ".0e", error="eta_star_stderr"),
+        eta_star_shown(record),
         _shown(record, "reward", ".3f"),
     ]
 
@@ -221,12 +221,19 @@ def _effective(estimate: Mapping[str, Any] | None) -> str:
     return DASH if math.isnan(ess) else f"{ess:.0f}{MARK if untrustworthy(estimate) else ''}"
 
 
-def _shown(record: Mapping[str, Any], key: str, form: str, error: str | None = None) -> str:
+def eta_star_shown(record: Mapping[str, Any]) -> str:
+    """η* as its confidence interval, ``0.031 to 0.052``, or ``≥ 0.012`` where curvature is not told from zero."""
+    value, low, high = (number(record, f"eta_star{end}") for end in ("", "_ci_low", "_ci_high"))
+    if math.isnan(low):
+        return DASH if math.isnan(value) else f"about {value:.1g}"  # of an older record, which has no interval
+    if math.isnan(high):
+        return f"≥ {low:.2g}" if low > 0 else DASH
+    return f"{low:.2g} to {high:.2g}" if low > 0 else f"≤ {high:.2g}"
+
+
+def _shown(record: Mapping[str, Any], key: str, form: str) -> str:
     value = number(record, key)
-    if math.isnan(value):
-        return DASH
-    stderr = math.nan if error is None else number(record, error)
-    return format(value, form) + ("" if math.isnan(stderr) else f"±{stderr:{form}}")
+    return DASH if math.isnan(value) else format(value, form)
 
 
 def _caption(records: Sequence[Mapping[str, Any]]) -> str | None:

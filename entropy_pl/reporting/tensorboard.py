@@ -19,6 +19,8 @@ PREFIX = "entropy_probe/"
 ENTROPY, DELTA_H_TRUE, DELTA_H1 = f"{PREFIX}entropy", f"{PREFIX}delta_h_true", f"{PREFIX}delta_h1"
 DELTA_J_TRUE, DELTA_J1, EXCHANGE_RATE = f"{PREFIX}delta_j_true", f"{PREFIX}delta_j1", f"{PREFIX}exchange_rate"
 SIGNS = ("positive_advantage", "negative_advantage")
+ETA_STAR = ("eta_star", "eta_star_ci_low", "eta_star_ci_high")
+WARNINGS = f"{PREFIX}warnings"
 AGREEMENTS = ("pearson", "spearman", "sign_agreement", "step_pearson", "step_spearman")
 
 
@@ -31,9 +33,10 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     Returns:
         ``entropy_probe/entropy``, ``entropy_probe/delta_h_true`` and ``entropy_probe/delta_h1``, each with its
         ``_ci_low`` and ``_ci_high``, in nats; ``entropy_probe/ess_fraction`` (of the sequences, in [0, 1]),
-        ``entropy_probe/eta_star`` (a learning rate), ``entropy_probe/update_norm`` (per unit learning rate) and
-        ``entropy_probe/overhead`` (seconds of probing over those of the run without it). ΔH, δH₁ and the ESS are at
-        the step really taken, as is everything that follows. Where the record has it:
+        ``entropy_probe/eta_star`` (a learning rate; with ``_ci_low``, and ``_ci_high`` where that is bounded),
+        ``entropy_probe/update_norm`` (per unit learning rate) and ``entropy_probe/overhead`` (seconds of probing over
+        those of the run without it). ΔH, δH₁ and the ESS are at the step really taken, as is everything that follows.
+        Where the record has it:
 
         * ``entropy_probe/delta_j_true`` and ``entropy_probe/delta_j1``, the change of the expected reward, and
           ``entropy_probe/exchange_rate``, ΔH/ΔJ, in nats per unit reward, its interval only where that has bounds;
@@ -55,7 +58,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     n_sequences = number(taken.get("true"), "n_sequences")
     if n_sequences:
         values[f"{PREFIX}ess_fraction"] = number(taken.get("true"), "ess") / n_sequences
-    values[f"{PREFIX}eta_star"] = number(record, "eta_star")
+    values |= {f"{PREFIX}{name}": number(record, name) for name in ETA_STAR}
     values[f"{PREFIX}update_norm"] = number(record, "update_norm")
     values[f"{PREFIX}overhead"] = number(record, "overhead")
     by_sign = (record.get("attribution") or {}).get("by_sign")

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
-from entropy_pl.estimators import EntropyChange, fit_power_law, linear_coefficient, linear_combination
+from entropy_pl.estimators import fit_power_law, linear_coefficient, ratio
 from entropy_pl.estimators.estimate import TRUSTED_ESS
-from entropy_pl.estimators.snis import Clusters
 from entropy_pl.measurements import EntropyMeasurements
 from entropy_pl.measurements.settings import PrecisionSettings
 from entropy_pl.probe import Precision, ProbeResult, timed
@@ -57,7 +56,8 @@ FIT_COLUMNS = {
     "second_order": "v'∇²Hv, nats per unit η²",
     "second_order_stderr": "its standard error",
     "eta_star": "η* = 2|δH₁|/|v'∇²Hv|",
-    "eta_star_stderr": "its standard error",
+    "eta_star_ci_low": "lower end of its interval (Fieller's set)",
+    "eta_star_ci_high": "upper end; empty where it is unbounded: the curvature is not told from zero",
     "symmetric_first": "[ΔH(η) − ΔH(−η)]/2η at η = fit_to, nats per unit η, where ±η were measured",
     "symmetric_first_stderr": "its standard error",
     "symmetric_second": "[ΔH(η) + ΔH(−η)]/η² at η = fit_to, nats per unit η², likewise",
@@ -144,18 +144,18 @@ def run_linear_regime(settings: LinearRegimeSettings, *, progress_bar: bool = Tr
                 scores = measurements.score(drawn, scoring, on_pass=advance)
                 result = scoring.probe().reduce(scores, drawn.update.vector)
             key: Row = {"seed": seed, "precision": precision}
-            rows = [key | row for row in sweep_rows(result, scores.clusters)]
+            rows = [key | row for row in sweep_rows(result)]
             folder.add(cell, seconds=seconds["cell"], table=rows, fits=[key | fit_row(result, settings.study)])
     return _report(folder, settings, list(cells.values()))
 
 
-def sweep_rows(result: ProbeResult, clusters: Clusters) -> list[Row]:
+def sweep_rows(result: ProbeResult) -> list[Row]:
     """One row of the table per η."""
     symmetric = {point.eta: point for point in result.symmetric}
     rows = []
     for point in result.sweep:
         true, first, odd_even = point.true, point.first_order, symmetric.get(point.eta)
-        ratio, error = _ratio(true, first, clusters)
+        quotient = ratio(true, first)
         rows.append(
             {
                 "eta": point.eta,
@@ -165,8 +165,8 @@ def sweep_rows(result: ProbeResult, clusters: Clusters) -> list[Row]:
                 "delta_h_ci_high": true.ci_high,
                 "delta_h1": first.value,
                 "delta_h1_stderr": first.stderr,
-                "relative_deviation": ratio - 1,
-                "relative_deviation_stderr": error,
+                "relative_deviation": quotient.value - 1,
+                "relative_deviation_stderr": quotient.stderr,
                 "second_order_prediction": first.value + point.eta**2 / 2 * result.second_order.value,
                 "symmetric_first": odd_even and odd_even.first.value,
                 "symmetric_second": odd_even and odd_even.second.value,
@@ -179,7 +179,8 @@ def sweep_rows(result: ProbeResult, clusters: Clusters) -> list[Row]:
 
 def fit_row(result: ProbeResult, options: LinearRegimeOptions) -> Row:
     """The fits over the points within the linear regime; None where these are too few."""
-    low, high = options.fit_range(math.inf if result.eta_star is None else result.eta_star)
+    star = math.nan if result.eta_star is None else result.eta_star
+    low, high = options.fit_range(math.inf if math.isnan(star) else star)
     points = [point for point in result.sweep if point.eta > 0 and low <= point.eta <= high]
     etas, changes = [point.eta for point in points], [point.true.value for point in points]
     line = fit_power_law(etas, changes)
@@ -201,21 +202,13 @@ def fit_row(result: ProbeResult, options: LinearRegimeOptions) -> Row:
         "second_order": result.second_order.value,
         "second_order_stderr": result.second_order.stderr,
         "eta_star": result.eta_star,
-        "eta_star_stderr": result.eta_star_stderr,
+        "eta_star_ci_low": result.eta_star_ci_low,
+        "eta_star_ci_high": result.eta_star_ci_high,
         "symmetric_first": symmetric and symmetric.first.value,
         "symmetric_first_stderr": symmetric and symmetric.first.stderr,
         "symmetric_second": symmetric and symmetric.second.value,
         "symmetric_second_stderr": symmetric and symmetric.second.stderr,
     }
-
-
-def _ratio(true: EntropyChange, first: EntropyChange, clusters: Clusters) -> tuple[float, float]:
-    """ΔH/(η·δH₁) and its standard error, by the delta method on the influences of both."""
-    if not first.value:
-        return math.nan, math.nan
-    ratio = true.value / first.value
-    terms = [(1 / first.value, true), (-ratio / first.value, first)]
-    return ratio, linear_combination(terms, clusters=clusters).stderr
 
 
 def _scoring_in(precision: Precision, drawn_in: PrecisionSettings) -> PrecisionSettings:

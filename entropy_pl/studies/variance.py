@@ -161,7 +161,7 @@ def whole_pool_rows(estimates: PoolEstimates, name: str, study: VarianceOptions)
     rows: list[Row] = []
     for quantity, change in own.items():
         ratio, ratio_error = variance_ratio(change, compared[quantity], clusters)
-        difference = linear_combination([(1.0, change), (-1.0, reference[quantity])], clusters=clusters)
+        difference = linear_combination([(1.0, change), (-1.0, reference[quantity])])
 
         def apart(rows: Tensor, quantity: Quantity = quantity) -> float:
             return estimates.values(name, rows)[quantity] - estimates.values(study.reference, rows)[quantity]

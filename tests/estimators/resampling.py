@@ -86,7 +86,7 @@ def side_by_side() -> Iterator[None]:
 
     unchecked: dict[str, Any] = {"check_stats": lambda *_, **__: None}
     with (
-        patch.multiple(snis, make_estimate=pair, _weight_health=lambda *_: {}, **unchecked),
+        patch.multiple(snis, make_estimate=pair, _weights=lambda *_: None, **unchecked),
         patch.multiple(derivatives, make_estimate=pair, **unchecked),
         patch.multiple(
             reward, checked_rewards=lambda rewards, *_: rewards, _of_tokens=lambda found, _: found, **unchecked
