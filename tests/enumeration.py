@@ -42,9 +42,10 @@ class Enumeration:
     rollout: Rollout
 
     @classmethod
-    def make(cls, seed: int) -> Enumeration:
+    def make(cls, seed: int, direction: int | None = None) -> Enumeration:
+        """A policy and an update by their seeds; by default they have the same."""
         model = build_model(seed, vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, pad_token_id=None)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed if direction is None else direction)
         direction = {
             name: 0.1 * torch.randn(p.shape, generator=generator, dtype=torch.float64)
             for name, p in model.named_parameters()

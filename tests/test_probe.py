@@ -101,23 +101,6 @@ def test_passes_are_announced_in_forward_mode_too(enumeration, rollout, method):
     assert len(passes) == probe.passes(update.lr)
 
 
-def test_error_of_eta_star_is_the_jackknife_s(enumeration, rollout):
-    """Over twelve groups of sequences left out in turn; groups of 25 are enough for the delta method."""
-    rows, update = torch.arange(0, N, 10), update_of(enumeration, 0.1)
-    groups = torch.arange(len(rows)) % 12
-    probe = EntropyProbe(eta_multipliers=())
-
-    def eta_star(keep: torch.Tensor, clusters: torch.Tensor) -> tuple[float, float]:
-        result = probe.measure(enumeration.model, rollout.select(keep), update, clusters=clusters)
-        return result.eta_star, result.eta_star_stderr
-
-    stderr = eta_star(rows, groups)[1]
-    left_out = [eta_star(rows[groups != g], groups[groups != g])[0] for g in range(12)]
-    mean = sum(left_out) / 12
-    jackknife = math.sqrt(11 / 12 * sum((x - mean) ** 2 for x in left_out))
-    assert stderr == pytest.approx(jackknife, rel=0.15)  # they differ at the order of 1/12
-
-
 def test_float32_and_float64_agree_to_the_error_of_float32(enumeration, rollout):
     part, update = rollout.select(torch.arange(0, N, 12)), update_of(enumeration, 0.1)
     single, double = (

@@ -42,21 +42,17 @@ def test_the_change_of_the_reward_goes_from_theta_to_the_step_taken(measured):
     assert result.exchange_rate.value == pytest.approx(taken.true.value / change, rel=1e-9)
 
 
-def test_the_error_of_eta_star_is_the_delta_method_s(measured):
-    """The slope of 2|a|/|b| along every sequence's influences, by symmetric differences."""
-    result, small = measured[0], 1e-6
+def test_the_interval_of_eta_star_is_of_its_orders_at_their_confidence(measured):
+    """Its ends are where slope − ρ·curvature is just told from zero; test_ratio.py has the set itself."""
+    result, reach = measured[0], stats.t.ppf(0.9, N - 1)
     first, second = result.first_order, result.second_order
-
-    def eta_star(a: float, b: float) -> float:
-        return 2 * abs(a) / abs(b)
-
-    square = 0.0
-    for a, b in zip(first.influence.tolist(), second.influence.tolist(), strict=True):
-        up, down = (eta_star(first.value + e * a, second.value + e * b) for e in (small, -small))
-        square += ((up - down) / (2 * small)) ** 2
-    assert result.eta_star == eta_star(first.value, second.value)
-    # differences: 1e-12 of a third derivative, and 1e-16/1e-6 of rounding
-    assert result.eta_star_stderr == pytest.approx(math.sqrt(square / (N * (N - 1))), rel=1e-6)
+    for end in (result.eta_star_ci_low, result.eta_star_ci_high):
+        clear = []
+        for rho in (end / 2, -end / 2):
+            psi = first.influence - rho * second.influence
+            clear.append(abs(first.value - rho * second.value) / (reach * float(psi.std()) / math.sqrt(N)))
+        assert min(abs(x - 1) for x in clear) < 1e-9  # rounding of the roots of a square
+    assert result.eta_star_ci_low < result.eta_star < result.eta_star_ci_high
 
 
 def test_every_interval_is_of_the_confidence_asked_for(measured):

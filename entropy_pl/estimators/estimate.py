@@ -124,7 +124,7 @@ class EntropyChange:
         if self.n_sequences >= FEWEST_SEQUENCES and self.n_clusters >= FEWEST_CLUSTERS:
             return None
         return (
-            f"The E-batch has {self.n_sequences} sequences of {self.n_clusters} independent prompts. Below "
+            f"The E-batch has {self.n_sequences} sequences of {self.n_clusters} prompts. Below "
             f"{FEWEST_SEQUENCES} sequences or {FEWEST_CLUSTERS} prompts an error bar is itself too uncertain: draw "
             "more completions, of more prompts."
         )

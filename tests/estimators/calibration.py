@@ -38,8 +38,11 @@ from entropy_pl.attribution.errors import error_over_u, loss_sizes
 from entropy_pl.estimators import (
     Agreement,
     EntropyChange,
+    FiellerSet,
     agreement,
     entropy_estimate,
+    eta_star,
+    fieller_set,
     first_order_coefficients,
     first_order_delta_entropy,
     first_order_delta_reward,
@@ -56,12 +59,22 @@ from entropy_pl.estimators import (
 )
 from entropy_pl.estimators.estimate import student_t
 from entropy_pl.probe import EntropyProbe
-from entropy_pl.probe.reduction import _eta_star
 from entropy_pl.probe.scores import ProbeScores
 from entropy_pl.rollout import TokenStats
 
 RESAMPLES = 2000  # a share of 95 % has a standard deviation of 0.5 % then
 SIZES = (64, 256)
+# Of η*: seeds of a policy and of its update, and what is lost in noise at N = 256 (standard errors from zero).
+DIRECTIONS = {
+    "policy 1, v 1 (slope 19, curvature 6)": (1, 1),
+    "policy 2, v 2 (6, 11)": (2, 2),
+    "policy 2, v 25 (9, curvature 0.4)": (2, 25),
+    "policy 5, v 20 (6, curvature 0.4)": (5, 20),
+    "policy 5, v 23 (18, curvature 0.7)": (5, 23),
+    "policy 3, v 23 (slope 0.6, 10)": (3, 23),
+}
+RESAMPLES_OF_LARGE = 1000  # at N = 1,024: 0.7 %
+COLUMNS = (*SIZES, 1024)
 PER_PROMPT = 4  # completions, where a prompt has several
 CLIP = 0.3  # log weights have a standard deviation of 0.3: one in three is clipped
 DEFAULT = {"normalize": "per_token", "weighting": "prefix", "integrand": "rao_blackwell"}
@@ -81,16 +94,20 @@ class Case:
         per_prompt: completions of each prompt.
         sizes: N.
         off: N at which the share is known to lie outside the band → why. The document says so.
+        seeds: of the policy and of its update.
+        at_least: whether it may hold the truth more often than it says.
     """
 
     what: str
     option: str
     truth: Callable[[Policy], float]
-    intervals: Callable[[Samples], list[Interval]]
+    intervals: Callable[[Samples], list[Interval] | list[FiellerSet]]
     confidence: float = 0.95
     per_prompt: int = 1
     sizes: tuple[int, ...] = SIZES
     off: dict[int, str] = field(default_factory=dict)
+    seeds: tuple[int, int] = (1, 1)
+    at_least: bool = False
 
     def __str__(self) -> str:
         return f"{self.what}, {self.option}"
@@ -101,12 +118,15 @@ class Case:
         At N = 64, 92–97 %: the estimates are still a little skewed.
         """
         reach = min(0.025, (1 - self.confidence) / 2)
-        low, high = self.confidence - reach, self.confidence + reach
+        low, high = self.confidence - reach, 1.0 if self.at_least else self.confidence + reach
         return (low, high) if size > 64 else (low - 0.005, high)
 
     def share(self, samples: Samples) -> float:
         """That holds the truth."""
-        return coverage(self.intervals(samples), self.truth(samples.policy))
+        truth, found = self.truth(samples.policy), self.intervals(samples)
+        if isinstance(found[0], FiellerSet):
+            return sum(truth in these for these in found) / len(found)
+        return coverage(found, truth)
 
 
 # ---------------------------------------------------------------------------------------------------------- the truth
@@ -126,6 +146,14 @@ def slope(normalize: str = "per_token") -> Callable[[Policy], float]:
 
 def curvature(normalize: str = "per_token") -> Callable[[Policy], float]:
     return lambda policy: exact_curvature(policy.enumeration, normalize)
+
+
+def quotient(policy: Policy) -> float:
+    return slope()(policy) / curvature()(policy)
+
+
+def exact_eta_star(policy: Policy) -> float:
+    return 2 * abs(quotient(policy))
 
 
 def reward_change(policy: Policy) -> float:
@@ -221,7 +249,7 @@ def combined(
 
     def combinations(samples: Samples) -> list[Any]:
         every = [part(samples) for part in parts]
-        return [combine(*of_batch, clusters=samples.clusters) for of_batch in zip(*every, strict=True)]
+        return [combine(*of_batch) for of_batch in zip(*every, strict=True)]
 
     return combinations
 
@@ -235,15 +263,15 @@ def ends_of(combinations: Callable[[Samples], list[EntropyChange]]) -> Callable[
 
 
 def low_variance(kind: str) -> Callable[[Samples], list[Interval]]:
-    def combine(true: EntropyChange, matched: EntropyChange, low: EntropyChange, **options: Any) -> EntropyChange:
-        return low_variance_delta_entropy(true, matched, low, ETA, **options)
+    def combine(true: EntropyChange, matched: EntropyChange, low: EntropyChange) -> EntropyChange:
+        return low_variance_delta_entropy(true, matched, low, ETA)
 
     return ends_of(combined(combine, TRUE, FIRST, with_baseline(kind, **DEFAULT)))
 
 
 def symmetric(part: int) -> Callable[[Samples], list[Interval]]:
-    def combine(plus: EntropyChange, minus: EntropyChange, **options: Any) -> EntropyChange:
-        return symmetric_difference(plus, minus, ETA, **options)[part]
+    def combine(plus: EntropyChange, minus: EntropyChange) -> EntropyChange:
+        return symmetric_difference(plus, minus, ETA)[part]
 
     return ends_of(combined(combine, TRUE, estimates_of(snis_delta_entropy, "base", "backward")))
 
@@ -254,23 +282,22 @@ def fieller(samples: Samples) -> list[Interval]:
     return [(r.ci_low, r.ci_high) if r.bounded else (-math.inf, math.inf) for r in found]
 
 
-def eta_star(samples: Samples) -> list[Interval]:
-    """The delta method's, η* ± t standard errors."""
+def signed_sets(samples: Samples) -> list[FiellerSet]:
+    """Of slope over curvature."""
+    return samples.once("signed", lambda: combined(fieller_set, FIRST, SECOND)(samples))
 
-    def combine(first: EntropyChange, second: EntropyChange, clusters: Tensor | None) -> Interval:
-        value, stderr = _eta_star(first, second, clusters)
-        reach = student_t(0.95, first.n_sequences) * stderr
-        return value - reach, value + reach
 
-    found: list[Interval] = combined(combine, FIRST, SECOND)(samples)
-    return found
+def eta_stars(samples: Samples) -> list[Interval]:
+    """Of η*; an end that is unbounded holds everything."""
+    found = combined(eta_star, FIRST, SECOND)(samples)
+    return [(low, math.inf if high is None else high) for _, low, high in found]
 
 
 def difference_of_steps(samples: Samples) -> list[Interval]:
     """As of a counterfactual: another step against the one taken."""
 
-    def combine(other: EntropyChange, taken: EntropyChange, **options: Any) -> EntropyChange:
-        return linear_combination([(1.0, other), (-1.0, taken)], **options)
+    def combine(other: EntropyChange, taken: EntropyChange) -> EntropyChange:
+        return linear_combination([(1.0, other), (-1.0, taken)])
 
     return ends_of(combined(combine, estimates_of(snis_delta_entropy, "base", "other"), TRUE))(samples)
 
@@ -450,13 +477,10 @@ def cases() -> Iterator[Case]:
         lambda policy: change()(Policy(policy.other)) - change()(policy),
         difference_of_steps,
     )
-    yield Case(
-        "η*",
-        "η* ± t·SE",
-        lambda policy: 2 * abs(slope()(policy)) / abs(curvature()(policy)),
-        eta_star,
-        off={64: "a quotient whose denominator is noisy is skewed: the delta method is too optimistic"},
-    )
+    for words, seeds in DIRECTIONS.items():
+        of_these: dict[str, Any] = {"seeds": seeds, "sizes": COLUMNS}
+        yield Case("δH₁ over v'∇²Hv", f"Fieller's set, {words}", quotient, signed_sets, **of_these)
+        yield Case("η*", f"its interval, {words}", exact_eta_star, eta_stars, **of_these, at_least=True)
     for confidence in (0.8, 0.99):
         for what, estimate, truth, names in orders:
             found = plain(estimate, *names, confidence=confidence)
@@ -529,16 +553,25 @@ FORGOTTEN = Case(
 
 
 class Draws:
-    """The samples of every size, drawn once."""
+    """The samples of every policy and size, drawn once."""
 
     def __init__(self) -> None:
-        self._policy, self._drawn = Policy(Enumeration.make(seed=1)), {}
+        self._policies: dict[tuple[int, int], Policy] = {}
+        self._drawn: dict[Any, Samples] = {}
 
-    def __call__(self, size: int, per_prompt: int = 1, count: int = RESAMPLES) -> Samples:
-        key = (size, per_prompt, count)
+    def __call__(
+        self, size: int, per_prompt: int = 1, count: int = RESAMPLES, seeds: tuple[int, int] = (1, 1)
+    ) -> Samples:
+        policy = self._policies.setdefault(seeds, Policy(Enumeration.make(*seeds)))
+        count = min(count, RESAMPLES_OF_LARGE) if size > max(SIZES) else count
+        key = (size, per_prompt, count, seeds)
         if key not in self._drawn:
-            self._drawn[key] = Samples.draw(self._policy, count, size, per_prompt)
+            self._drawn[key] = Samples.draw(policy, count, size, per_prompt)
         return self._drawn[key]
+
+    def of(self, case: Case, size: int) -> Samples:
+        """Those that a case is about."""
+        return self(size, case.per_prompt, seeds=case.seeds)
 
 
 @dataclass(frozen=True)
@@ -579,9 +612,9 @@ def table() -> Table:
     """Of every case, at every N."""
     draws, rows = Draws(), []
     for case in CASES:
-        shares = {size: case.share(draws(size, case.per_prompt)) for size in case.sizes}
-        cells = [f"{100 * shares[size]:.1f}" if size in shares else "" for size in SIZES]
-        marked = [cell + " (off)" if size in case.off else cell for size, cell in zip(SIZES, cells, strict=True)]
+        shares = {size: case.share(draws.of(case, size)) for size in case.sizes}
+        cells = [f"{100 * shares[size]:.1f}" if size in shares else "" for size in COLUMNS]
+        marked = [cell + " (off)" if size in case.off else cell for size, cell in zip(COLUMNS, cells, strict=True)]
         rows.append((case.what, case.option, f"{100 * case.confidence:g}", *marked))
     title = f"Share of {RESAMPLES:,} intervals that hold the enumerated truth, %"
     found = gae(draws(256, count=GAE_RESAMPLES))
@@ -591,7 +624,9 @@ def table() -> Table:
         f"({100 * found.influence:.1f} % of those from influences alone); a probe's standard error is "
         f"{found.size:.2f} of the estimates' spread."
     )
-    return Table("calibration", title, ("of", "option", "nominal", *(f"N = {size}" for size in SIZES)), rows, (note,))
+    return Table(
+        "calibration", title, ("of", "option", "nominal", *(f"N = {size:,}" for size in COLUMNS)), rows, (note,)
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

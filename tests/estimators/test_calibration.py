@@ -26,6 +26,8 @@ from entropy_pl.estimators import (
 ROOT = Path(__file__).parents[2]
 NO_INTERVAL = {  # what gives none, so that none can be wrong
     "Baseline",
+    "Weights",
+    "interval",
     "Measure",
     "PowerLaw",
     "Ratio",
@@ -53,7 +55,7 @@ def parameter(case: Case, size: int) -> object:
 @pytest.mark.parametrize(("case", "size"), [parameter(case, size) for case in CASES for size in case.sizes])
 def test_intervals_cover(draws: Draws, case: Case, size: int):
     low, high = case.band(size)
-    assert low <= case.share(draws(size, case.per_prompt)) <= high
+    assert low <= case.share(draws.of(case, size)) <= high
 
 
 def test_forgotten_clusters_would_show(draws: Draws):

@@ -28,8 +28,10 @@ CLUSTERS = torch.arange(N) % 11
 @pytest.mark.parametrize("clusters", [None, CLUSTERS])
 def test_a_combination_is_linear_in_values_and_influences(clusters):
     base, change = ragged()
-    near, far = (snis_delta_entropy(base, plus(base, change, eta)) for eta in (0.5, -1.0))
-    found = linear_combination([(2.0, near), (-3.0, far)], clusters=clusters, confidence=0.9)
+    near, far = (
+        snis_delta_entropy(base, plus(base, change, eta), clusters=clusters, confidence=0.9) for eta in (0.5, -1.0)
+    )
+    found = linear_combination([(2.0, near), (-3.0, far)])
     psi = 2 * near.influence.numpy() - 3 * far.influence.numpy()
     sums = psi if clusters is None else np.array([psi[clusters.numpy() == c].sum() for c in range(11)])
     stderr = math.sqrt(len(sums) * sums.var(ddof=1)) / N  # the sums have mean zero: those of ψ do
@@ -43,8 +45,8 @@ def test_a_combination_is_linear_in_values_and_influences(clusters):
 def test_one_term_is_itself():
     base, change = ragged()
     estimate = snis_delta_entropy(base, plus(base, change), clusters=CLUSTERS)
-    assert linear_combination([(1.0, estimate)], clusters=CLUSTERS).to_dict() == estimate.to_dict()
-    minus_two = linear_combination([(-2.0, estimate)], clusters=CLUSTERS).to_dict()
+    assert linear_combination([(1.0, estimate)]).to_dict() == estimate.to_dict()
+    minus_two = linear_combination([(-2.0, estimate)]).to_dict()
     assert minus_two == pytest.approx(estimate.scaled(-2.0).to_dict())
 
 
@@ -73,6 +75,7 @@ def test_the_worst_health_is_kept():
     assert (found.ess, found.ess_min) == (min(clipped.ess, free.ess), min(clipped.ess_min, free.ess_min))
     assert found.ess < fewer.ess
     assert found.max_abs_log_weight == free.max_abs_log_weight
+    assert (found.mean_weight, found.mean_weight_stderr) == (free.mean_weight, free.mean_weight_stderr)
     assert (found.clip_fraction, found.n_tokens, found.n_sequences) == (clipped.clip_fraction, 5, N)
 
 
@@ -83,8 +86,10 @@ def test_what_cannot_be_combined_is_named():
         linear_combination([(1.0, whole), (1.0, half)])
     with pytest.raises(ValueError, match=r"at least one .* got none"):
         linear_combination([])
-    with pytest.raises(ValueError, match="confidence between 0 and 1"):
-        linear_combination([(1.0, whole)], confidence=2)
+    with pytest.raises(ValueError, match=r"one confidence, got \[0\.8, 0\.95\]"):
+        linear_combination([(1.0, whole), (1.0, entropy_estimate(base, confidence=0.8))])
+    with pytest.raises(ValueError, match="of the same prompts"):
+        linear_combination([(1.0, whole), (1.0, entropy_estimate(base, clusters=CLUSTERS))])
     with pytest.raises(ValueError, match=r"eta > 0, .* got -0.1"):
         symmetric_difference(whole, whole, -0.1)
 
@@ -92,9 +97,11 @@ def test_what_cannot_be_combined_is_named():
 def test_low_variance_change_is_its_formula(scored, drawn):
     base, first, shifted = at(scored, drawn[:300], "base", "first", "shifted")
     clusters = drawn[:300] % 7
-    true, matched = snis_delta_entropy(base, shifted), first_order_delta_entropy(base, first)
-    low = first_order_delta_entropy(base, first, baseline=score_baseline("position", base))
-    found = low_variance_delta_entropy(true, matched, low, ETA, clusters=clusters, confidence=0.8)
+    error_bar = {"clusters": clusters, "confidence": 0.8}
+    true = snis_delta_entropy(base, shifted, **error_bar)
+    matched = first_order_delta_entropy(base, first, **error_bar)
+    low = first_order_delta_entropy(base, first, baseline=score_baseline("position", base), **error_bar)
+    found = low_variance_delta_entropy(true, matched, low, ETA)
     assert found.value == pytest.approx(true.value - ETA * matched.value + ETA * low.value, rel=1e-12)
     psi = (true.influence - ETA * matched.influence + ETA * low.influence).numpy()
     sums = np.array([psi[clusters.numpy() == c].sum() for c in range(7)])
@@ -119,8 +126,8 @@ def test_low_variance_change_is_the_enumerated_one(enumeration, scored, drawn):
 
 def test_symmetric_difference_is_odd_and_even_part():
     base, change = ragged(scale=0.1)
-    forward, back = (snis_delta_entropy(base, plus(base, change, eta)) for eta in (0.5, -0.5))
-    odd, even = symmetric_difference(forward, back, 0.5, clusters=CLUSTERS)
+    forward, back = (snis_delta_entropy(base, plus(base, change, eta), clusters=CLUSTERS) for eta in (0.5, -0.5))
+    odd, even = symmetric_difference(forward, back, 0.5)
     assert odd.value == pytest.approx(forward.value - back.value, rel=1e-12)
     assert even.value == pytest.approx(4 * (forward.value + back.value), rel=1e-12)
     for found, psi in ((odd, forward.influence - back.influence), (even, 4 * (forward.influence + back.influence))):

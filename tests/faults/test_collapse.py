@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -29,16 +30,17 @@ def weighed(weights: list[float]) -> tuple[TokenStats, TokenStats]:
     )
 
 
-@pytest.mark.parametrize(("heavy", "trustworthy"), [(8, True), (5, True), (4, False), (1, False)])
+@pytest.mark.parametrize(("heavy", "trustworthy"), [(80, True), (50, True), (49, False), (1, False)])
 def test_half_of_the_sequences_is_the_limit(heavy, trustworthy):
-    """Of ten completions so many share all the weight: that is their effective sample size."""
-    estimate = snis_delta_entropy(*weighed([1.0] * heavy + [1e-300] * (10 - heavy)))
+    """Of 100 completions so many share all the weight: that is their effective sample size."""
+    estimate = snis_delta_entropy(*weighed([100 / heavy] * heavy + [1e-300] * (100 - heavy)))
     assert estimate.ess_min == pytest.approx(heavy)
     assert estimate.trustworthy is estimate.to_dict()["trustworthy"] is trustworthy
+    assert bool(estimate.collapsed) is not trustworthy
 
 
 def test_what_is_made_of_it_is_as_little_to_be_trusted():
-    good, bad = (snis_delta_entropy(*weighed([1.0] * n + [1e-300] * (10 - n))) for n in (10, 1))
+    good, bad = (snis_delta_entropy(*weighed([100 / n] * n + [1e-300] * (100 - n))) for n in (100, 1))
     assert not bad.scaled(2.0).trustworthy
     assert not linear_combination([(1.0, good), (-1.0, bad)]).trustworthy
     assert linear_combination([(1.0, good), (-1.0, good)]).trustworthy
@@ -70,26 +72,33 @@ def test_a_sweep_says_from_where(enumeration, rows):
     assert record["untrustworthy_from"] == COLLAPSED
     assert [point["true"]["trustworthy"] for point in record["sweep"]] == [False, True, True, False]
     assert all(point["first_order"]["trustworthy"] for point in record["sweep"])  # a derivative at θ has no weights
-    collapsed = min((p for p in result.sweep if not p.true.trustworthy), key=lambda p: abs(p.eta))
-    start = (
-        f"expected an effective sample size of at least half the 256 sequences, got {collapsed.true.ess_min:.3g} at "
-    )
-    assert record["message"].startswith(start)
-    # ESS/N = exp(−c η²) gives c at this η, and from it the η at which it is a half
-    below = math.sqrt(math.log(2) / (-math.log(collapsed.true.ess_min / 256) / COLLAPSED**2))
-    assert f"measure at η below about {below:.2g}" in record["message"]
-    assert 0.2 < below < COLLAPSED
+    [warning] = record["warnings"]
+    assert f"must not be used at η = {COLLAPSED}" in warning
+    advised = float(re.search(r"Below η = ([\d.e-]+)", warning)[1])
+    assert 0.2 < advised < COLLAPSED
+    closer = measured(enumeration, rows, [advised]).sweep[0].true
+    assert 0.35 * 256 < closer.ess < 0.75 * 256  # about half: weights are log-normal only nearly
+
+
+@pytest.mark.parametrize("eta", [30.0, 1e4])
+def test_a_step_far_too_long_is_answered_with_one_that_would_do(enumeration, rows, eta):
+    """However far: an effective sample size of one sequence says nothing of how far."""
+    [warning] = measured(enumeration, rows, [eta]).warnings
+    assert 0.2 < float(re.search(r"Below η = ([\d.e-]+)", warning)[1]) < COLLAPSED
 
 
 def test_a_sweep_without_collapse_says_nothing(enumeration, rows):
     result = measured(enumeration, rows, [0.1, 0.2])
-    assert result.untrustworthy_from is result.message is None
+    assert result.untrustworthy_from is None
+    assert not result.warnings
     assert result.to_dict()["untrustworthy_from"] is None
 
 
 def test_a_run_records_it_and_goes_on(tmp_path, capsys):
     """A sweep to 30 times the learning rate of a step of size 1e-2 per number: the step itself is measured well."""
-    callback, module, plain = probe(eta_multipliers=(30,), every_n_steps=3), ForeignModule(), ForeignModule()
+    options = {"num_sequences": 64, "completions_per_prompt": 4}  # enough to be believed
+    callback = probe(eta_multipliers=(30,), every_n_steps=3, **options)
+    module, plain = ForeignModule(), ForeignModule()
     trainer = fit(module, tmp_path / "probed", callback)
     fit(plain, tmp_path / "plain")
     assert trainer.global_step == 6
@@ -98,9 +107,12 @@ def test_a_run_records_it_and_goes_on(tmp_path, capsys):
     still, moved = read_records(path)
     assert (still["status"], moved["status"]) == ("no_movement", "ok")
     assert moved["untrustworthy_from"] == pytest.approx(30 * LR)
-    assert "do not trust ΔH there" in moved["message"]
+    assert any("ΔH must not be used" in warning for warning in moved["warnings"])
+    assert moved["message"] is None
     assert [point["true"]["trustworthy"] for point in moved["sweep"]] == [True, False]
-    assert "not to be trusted" not in capsys.readouterr().out  # the table shows the step taken, which is
+    shown = capsys.readouterr().out
+    assert "not to be trusted" not in shown  # the table shows the step taken, which is
+    assert "caution  (step 3) ΔH must not be used" in shown
 
 
 # ---------------------------------------------------------------------------- is it right? against exact answers
