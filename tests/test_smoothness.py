@@ -39,7 +39,7 @@ SMALL = {
 
 
 class RoundedInputs(nn.Module):
-    """A linear layer whose inputs are rounded to 8 bits on the fly, row by row, the gradient passed straight through."""
+    """A linear layer whose inputs are rounded to 8 bits on the fly, row by row."""
 
     def __init__(self, layer: nn.Linear, straight_through: bool) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ def test_where_autograd_does_not_follow_the_forward_pass_differences_count(make,
     expected = by_differences.measure(step.model, step.rollout, step.update).first_order
     assert result.first_order.value == pytest.approx(expected.value, rel=1e-6)
     scores = probe.collect(step.model, step.rollout, step.update)
-    with pytest.raises(WithheldError, match="autograd|Forward mode"):
+    with pytest.raises(WithheldError, match=r"autograd|Forward mode"):
         probe.attribute(step.model, step.rollout, step.update, step.batch(), scores)
 
 

@@ -58,7 +58,8 @@ class _Quantity:
         change = self.plain(shifted)
         if self.first is self.matched:
             return change
-        return _less_certain(low_variance_delta_entropy(change, self.matched, self.first, eta), eta**2 * self.variance)
+        change = low_variance_delta_entropy(change, self.matched, self.first, eta)
+        return _less_certain(change, eta**2 * self.variance)
 
     def without_derivatives(self, reason: str) -> _Quantity:
         """The same with its first order withheld, and so with no noise taken from the change by it."""

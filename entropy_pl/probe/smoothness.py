@@ -114,10 +114,8 @@ def checked_attribution(
         scores.base, differences, baseline=baseline, clusters=scores.clusters, **settings.estimate
     )
     gap = abs(attribution.first_order - slope.value)
-    allowed = max(
-        AUTOGRAD_GAP * max(abs(slope.value), slope.stderr), ERRORS_OF_DIFFERENCES * (found.difference_error or 0)
-    )
-    if gap > allowed:
+    of_differences = ERRORS_OF_DIFFERENCES * (found.difference_error or 0.0)
+    if gap > max(AUTOGRAD_GAP * max(abs(slope.value), slope.stderr), of_differences):
         raise WithheldError(
             f"The attribution is withheld: the gradient that autograd gives along v, {attribution.first_order:.4g} per "
             f"unit η, is not the slope of the policy's forward pass, {slope.value:.4g} ± {slope.stderr:.2g}. A layer "

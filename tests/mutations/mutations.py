@@ -103,6 +103,16 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "weights clipped on one side only",
         ),
         ("(magnitude > bound)", "(magnitude < bound)", "clipped fraction: sign flipped"),
+        (
+            "of_sequences = cumulative[:, -1].exp()",
+            "of_sequences = cumulative[:, 0].exp()",
+            "mean weight: of the first token alone",
+        ),
+        (
+            "standard_error(of_sequences - mean, clusters)",
+            "standard_error(of_sequences - mean)",
+            "mean weight's error: no clustering",
+        ),
     ],
     "entropy_pl/estimators/derivatives.py": [
         ("half_square = eta * eta / 2", "half_square = eta * eta", "second order: ½ forgotten"),
@@ -233,15 +243,25 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
         ),
         ("stderr=self.stderr * abs(factor)", "stderr=self.stderr * factor", "scaled: a negative standard error"),
         (
-            "influence = torch.stack([factor * estimate.influence for",
-            "influence = torch.stack([abs(factor) * estimate.influence for",
+            "torch.stack([factor * estimate.influence for",
+            "torch.stack([abs(factor) * estimate.influence for",
             "combination: noise that cancels adds up",
         ),
         ("ess=min(estimate.ess for", "ess=max(estimate.ess for", "combination: the best ESS instead of the worst"),
         (
-            "widen = stderr / self.stderr if self.stderr else 1.0",
-            "widen = 1.0",
+            "interval(self.value, stderr, self.n_clusters, self.confidence)",
+            "interval(self.value, self.stderr, self.n_clusters, self.confidence)",
             "another standard error leaves the interval",
+        ),
+        (
+            "max(MEAN_WEIGHT_ERRORS * self.mean_weight_stderr, MEAN_WEIGHT_TOLERANCE)",
+            "MEAN_WEIGHT_TOLERANCE",
+            "mean weight: its own error forgotten",
+        ),
+        (
+            "self.n_sequences >= FEWEST_SEQUENCES and self.n_clusters >= FEWEST_CLUSTERS",
+            "self.n_sequences >= FEWEST_SEQUENCES",
+            "few prompts are believed",
         ),
     ],
     "entropy_pl/estimators/ratio.py": [
@@ -251,8 +271,20 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "v[0, 0] + 2 * value * v[0, 1]",
             "delta method: sign of the covariance flipped",
         ),
-        ("float(a * b - t_square * v[0, 1])", "float(a * b)", "Fieller: the covariance forgotten"),
-        ("student_t(confidence, count) ** 2", "student_t(confidence, count)", "Fieller: t instead of t²"),
+        ("a * b - t_square * float(v[0, 1])", "a * b", "Fieller: the covariance forgotten"),
+        (
+            "student_t(numerator.confidence, count) ** 2",
+            "student_t(numerator.confidence, count)",
+            "Fieller: t instead of t²",
+        ),
+        (
+            "return FiellerSet((middle + reach) / square, (middle - reach) / square, outside=True)",
+            "return FiellerSet((middle + reach) / square, (middle - reach) / square)",
+            "Fieller: a denominator not told from zero gives the interval that it excludes",
+        ),
+        ("0.0 if 0.0 in self else min(ends)", "min(ends)", "η*: a set that holds zero has a lower end above it"),
+        ("(2 * end for end in", "(end for end in", "η*'s interval: 2 forgotten"),
+        ("value = 2 * abs(first.value / second.value)", "value = abs(first.value / second.value)", "η*: 2 forgotten"),
     ],
     "entropy_pl/estimators/reward.py": [
         ("mask[:, 0] = True", "mask[:, 0] = mask[:, 0]", "an empty completion's reward is not counted"),
@@ -342,8 +374,8 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
     ],
     "entropy_pl/policy/tangents.py": [
         (
-            "first = TokenStats((plus.logp - minus.logp) / (2 * step)",
-            "first = TokenStats((plus.logp - minus.logp) / step",
+            "return TokenStats((plus.logp - minus.logp) / (2 * step)",
+            "return TokenStats((plus.logp - minus.logp) / step",
             "central difference: ½ forgotten",
         ),
         (
@@ -458,12 +490,6 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "_less_certain(change, self.variance)",
             "critic's noise: η² forgotten",
         ),
-        ("eta_star = 2 * abs(first.value)", "eta_star = abs(first.value)", "η*: 2 forgotten"),
-        (
-            "first.influence / first.value - second.influence",
-            "first.influence / first.value + second.influence",
-            "η*'s error: sign flipped",
-        ),
         (
             '{"clusters": scores.clusters, "confidence": settings.confidence}',
             '{"clusters": None, "confidence": settings.confidence}',
@@ -492,6 +518,28 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "None if self.clusters is None else self.clusters[: len(rows)]",
             "some sequences' scores with others' prompts",
         ),
+        (
+            "place = (self.rows.cumsum(0) - 1)[rows][kept]",
+            "place = torch.arange(int(kept.sum()))",
+            "some sequences' checked derivatives taken for others'",
+        ),
+    ],
+    "entropy_pl/probe/smoothness.py": [
+        ("if roughness > ROUGH:", "if roughness > 1e9:", "a policy that is not smooth passes for one that is"),
+        (
+            "slope(differences.select(rows)), slope(halved.first)",
+            "slope(differences.select(rows)), slope(differences.select(rows))",
+            "derivatives compared with themselves",
+        ),
+        ("if gap <= ROUGH:", "if True:", "forward mode is believed where it does not follow the forward pass"),
+        (
+            "if gap > max(AUTOGRAD_GAP * max(abs(slope.value), slope.stderr), of_differences):",
+            "if gap > 1e9:",
+            "an attribution by a gradient that is not the forward pass's",
+        ),
+    ],
+    "entropy_pl/probe/doubts.py": [
+        ("limit = math.sqrt(-math.log(TRUSTED_ESS)) / spread", "limit = spread", "the step size advised: upside down"),
     ],
     # ----------------------------------------------------------------------------------------------- attribution
     "entropy_pl/attribution/influence.py": [
@@ -627,12 +675,16 @@ OBJECTIVES = "tests/objectives"
 
 # The tests of its room, those first that are nearest to the file.
 TESTS: dict[str, tuple[str, ...]] = {
-    "entropy_pl/estimators/snis.py": (f"{ESTIMATORS}/test_closed_forms.py", ESTIMATORS),
+    "entropy_pl/estimators/snis.py": (f"{ESTIMATORS}/test_closed_forms.py", "tests/faults/test_trust.py", ESTIMATORS),
     "entropy_pl/estimators/derivatives.py": (f"{ESTIMATORS}/test_closed_forms.py", ESTIMATORS),
     "entropy_pl/estimators/critic.py": (f"{ESTIMATORS}/test_critic.py", ESTIMATORS),
     "entropy_pl/estimators/ridge.py": (f"{ESTIMATORS}/test_ridge.py", ESTIMATORS),
     "entropy_pl/estimators/differences.py": (f"{ESTIMATORS}/test_combinations.py", ESTIMATORS),
-    "entropy_pl/estimators/estimate.py": (f"{ESTIMATORS}/test_closed_forms.py", ESTIMATORS),
+    "entropy_pl/estimators/estimate.py": (
+        f"{ESTIMATORS}/test_closed_forms.py",
+        "tests/faults/test_trust.py",
+        ESTIMATORS,
+    ),
     "entropy_pl/estimators/ratio.py": (f"{ESTIMATORS}/test_ratio.py",),
     "entropy_pl/estimators/reward.py": (f"{ESTIMATORS}/test_reward.py", f"{ESTIMATORS}/test_reward_enumeration.py"),
     "entropy_pl/estimators/jackknife.py": (f"{ESTIMATORS}/test_jackknife.py",),
@@ -655,7 +707,9 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/test_probe.py",
         "tests/test_probe_baselines.py",
     ),
-    "entropy_pl/probe/scores.py": ("tests/test_probe.py", "tests/test_probe_baselines.py"),
+    "entropy_pl/probe/smoothness.py": ("tests/test_smoothness.py",),
+    "entropy_pl/probe/doubts.py": ("tests/faults/test_collapse.py",),
+    "entropy_pl/probe/scores.py": ("tests/test_smoothness.py", "tests/test_probe.py", "tests/test_probe_baselines.py"),
     "entropy_pl/attribution/influence.py": (f"{ATTRIBUTION}/test_influence.py", ATTRIBUTION),
     "entropy_pl/attribution/errors.py": (f"{ATTRIBUTION}/test_errors.py", ATTRIBUTION),
     "entropy_pl/attribution/matrix.py": (f"{ATTRIBUTION}/test_matrix.py",),
