@@ -196,10 +196,12 @@ def _in_short(run: RunFolder) -> list[str]:
             f"Of {known} steps measured, {lowered} lowered the entropy and {raised} raised it, their intervals clear "
             f"of zero; of {known - lowered - raised} the sign is not known."
         )
-    reaches = [number(record, "lr") / star for record in measured if (star := number(record, "eta_star")) > 0]
+    reaches = [number(record, "lr") / low for record in measured if (low := number(record, "eta_star_ci_low")) > 0]
     if reaches:
-        span = " to ".join(dict.fromkeys([_short(min(reaches), 2), _short(max(reaches), 2)]))
-        points.append(f"The learning rate was {span} times η*, where the second order is as large as the first.")
+        points.append(
+            f"The learning rate was at most {_short(max(reaches), 2)} times η*, where the second order is as large as "
+            "the first (by the lower ends of η*'s intervals)."
+        )
     fractions = [fraction for record in measured if math.isfinite(fraction := ess_fraction(taken_point(record)))]
     if fractions:
         points.append(f"Effective sample size at the steps taken: at least {min(fractions):.3g} of N.")

@@ -71,14 +71,20 @@ def test_a_long_curve_is_drawn_as_means(make):
 
 
 def test_step_sizes_stay_on_their_axis(make):
-    records = [make(0, eta_star_stderr=1e-4), make(5, eta_star_stderr=9e-4), make(10), make(15, eta_star=None)]
+    records = [
+        make(0),
+        make(5, eta_star_ci_low=0.0),
+        make(10, eta_star_ci_high=None),
+        make(12, eta_star_ci_low=None, eta_star_ci_high=None),  # an older record
+        make(15, eta_star=None),
+    ]
     (axes,) = step_size_figure(records).axes
     (bars,) = axes.containers
-    assert bars.lines[0].get_ydata().tolist() == [8e-4] * 3
+    assert bars.lines[0].get_ydata().tolist() == [8e-4] * 4
     low, high = np.array([segment[:, 1] for segment in bars.lines[2][0].get_segments()]).T
-    np.testing.assert_allclose(high, [9e-4, 17e-4, 8e-4])
-    np.testing.assert_allclose(low, [7e-4, 0.8e-4, 8e-4])  # 8e-4 − 9e-4 is no place on a logarithmic axis
-    assert labelled(axes, "learning rate of the step")[1].tolist() == [1e-4] * 3
+    np.testing.assert_allclose(high, [2e-3, 2e-3, 16e-4, 8e-4])  # an arrow upwards in the third
+    np.testing.assert_allclose(low, [5e-4, 0.8e-4, 5e-4, 8e-4])  # zero has no place on a logarithmic axis
+    assert labelled(axes, "learning rate of the step")[1].tolist() == [1e-4] * 4
 
 
 def test_effective_samples_at_the_step_and_at_the_largest_eta(make, make_failed):

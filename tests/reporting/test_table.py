@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from entropy_pl.reporting import attribution_table, probe_table, sweep_table
-from entropy_pl.reporting.table import with_error
+from entropy_pl.reporting.table import eta_star_shown, with_error
 
 
 def rendered(records, width=100):
@@ -20,12 +20,24 @@ def row(text, step):
 
 
 def test_a_measured_row(make):
-    text = rendered([make(0), make(5, eta_star_stderr=1.2e-4)])
-    assert row(text, 5) == "5 -1.55e-03 ± 2.0e-04 -1.70e-03 ± 1.5e-04 200 8e-04±1e-04 0.300"
+    text = rendered([make(0), make(5)])
+    assert row(text, 5) == "5 -1.55e-03 ± 2.0e-04 -1.70e-03 ± 1.5e-04 200 0.0005 to 0.002 0.300"
     assert "ESS out of 256" in text
     assert "nats per token" in text
     for head in ("step", "ΔH ± SE", "δH₁ ± SE", "ESS", "η*", "reward"):
         assert head in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [(0.031, 0.052, "0.031 to 0.052"), (0.012, None, "≥ 0.012"), (0.0, 3e-5, "≤ 3e-05"), (0.0, None, "–")],
+)
+def test_eta_star_is_shown_as_its_interval(make, low, high, shown):
+    assert eta_star_shown(make(0, eta_star_ci_low=low, eta_star_ci_high=high)) == shown
+
+
+def test_eta_star_of_an_older_record_has_no_interval(make):
+    assert eta_star_shown(make(0, eta_star_ci_low=None, eta_star_ci_high=None)) == "about 0.0008"
 
 
 def test_rows_without_measurement_show_status_and_message(make, make_failed):
@@ -37,13 +49,23 @@ def test_rows_without_measurement_show_status_and_message(make, make_failed):
 def test_a_long_message_wraps_and_numbers_do_not(make, make_failed):
     message = "expected finite logits, got NaN in 3 of 256 sequences; the policy's weights were finite"
     text = rendered([make(100000, reward=-1.25), make_failed(100005, message=message)])
-    assert len(row(text, 100000).split()) == 10
+    assert len(row(text, 100000).split()) == 12
     assert all(word in text for word in message.split())
     assert max(map(len, text.splitlines())) <= 100
 
 
 def test_missing_numbers_are_dashes(make):
-    text = rendered([make(0, eta_star=None, reward=math.nan, sweep=[{"eta": 1e-4, "taken": True, "true": {}}])])
+    text = rendered(
+        [
+            make(
+                0,
+                eta_star=None,
+                eta_star_ci_low=None,
+                reward=math.nan,
+                sweep=[{"eta": 1e-4, "taken": True, "true": {}}],
+            )
+        ]
+    )
     assert row(text, 0) == "0 – – – – –"
 
 

@@ -11,6 +11,8 @@ WITH_MARGINS = {"entropy_probe/entropy", "entropy_probe/delta_h_true", "entropy_
 TAGS = {f"{tag}{end}" for tag in WITH_MARGINS for end in ("", "_ci_low", "_ci_high")} | {
     "entropy_probe/ess_fraction",
     "entropy_probe/eta_star",
+    "entropy_probe/eta_star_ci_low",
+    "entropy_probe/eta_star_ci_high",
     "entropy_probe/update_norm",
 }
 

@@ -35,8 +35,8 @@ def marked(axes):
 
 def test_in_the_table_of_a_run(make):
     text = printed(probe_table([doubted(make(0), 2), doubted(make(5), 1, 2)]))
-    assert " 200 8e-04 0.250" in text  # of step 0 the step taken is well
-    assert " 200! 8e-04 0.300" in text
+    assert " 200 0.0005 to 0.002 0.250" in text  # of step 0 the step taken is well
+    assert " 200! 0.0005 to 0.002 0.300" in text
     assert f"! ΔH {UNTRUSTED}" in text
     assert UNTRUSTED not in printed(probe_table([doubted(make(0), 2)]))
 
