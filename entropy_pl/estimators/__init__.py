@@ -8,7 +8,7 @@ from entropy_pl.estimators.derivatives import (
     second_order_delta_entropy,
 )
 from entropy_pl.estimators.differences import low_variance_delta_entropy, symmetric_difference
-from entropy_pl.estimators.estimate import EntropyChange, linear_combination, make_estimate
+from entropy_pl.estimators.estimate import EntropyChange, interval, linear_combination, make_estimate
 from entropy_pl.estimators.fits import PowerLaw, fit_power_law, linear_coefficient
 from entropy_pl.estimators.jackknife import jackknife_standard_error
 from entropy_pl.estimators.predictors import Agreement, agreement, covariance_prediction, steer_prediction
@@ -35,6 +35,7 @@ __all__ = [
     "first_order_delta_entropy",
     "first_order_delta_reward",
     "fit_power_law",
+    "interval",
     "jackknife_standard_error",
     "linear_coefficient",
     "linear_combination",

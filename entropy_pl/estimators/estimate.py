@@ -274,3 +274,25 @@ def _error_bar(
         "n_sequences": len(influence),
         "influence": influence.detach().to(torch.float64),
     }
+
+
+def interval(value: float, stderr: float, count: int, confidence: float) -> tuple[float, float]:
+    """The confidence interval of an estimate: Student's t with ``count`` − 1 degrees of freedom, to either side.
+
+    Args:
+        value: the estimate, in any unit.
+        stderr: its standard error, in the same unit.
+        count: independent clusters behind the standard error: prompts, where prompts repeat.
+        confidence: of the interval, between 0 and 1.
+
+    Returns:
+        Lower and upper end, in the unit of ``value``; NaN where that or ``stderr`` is, or of fewer than 2 clusters.
+
+    Source:
+        docs/theory.md, §3.
+
+    Raises:
+        ValueError: if ``confidence`` is not between 0 and 1.
+    """
+    margin = student_t(confidence, count) * stderr
+    return value - margin, value + margin
