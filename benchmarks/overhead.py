@@ -19,7 +19,7 @@ from benchmarks.operations import Counts
 from benchmarks.options import Options
 from benchmarks.tables import Table
 from entropy_pl.probe import EntropyProbe
-from entropy_pl.probe.engine import ATTRIBUTION_PASSES
+from entropy_pl.probe.engine import ATTRIBUTION_PASSES, OVER_U
 
 CONFIG = Path(__file__).parents[1] / "configs/grpo_gsm8k_qwen2_5_1_5b.yaml"
 QWEN2_5_1_5B = {
@@ -173,9 +173,9 @@ def probe_seconds(run: Run, device: Device, assumed: Assumptions) -> dict[str, f
         "tangents and sweep": run.passes * over_e,
     }
     if run.attribution:
-        # Of the passes over E the first has a backward one to it; without weight decay the last is left out.
-        of_e = ATTRIBUTION_PASSES - 3
-        parts["attribution"] = of_e * over_e + 3 * over_u
+        # Of the passes over E the first has a backward one to it; without weight decay one is left out. The gradients
+        # by sign are a forward and a backward pass over U together.
+        parts["attribution"] = (ATTRIBUTION_PASSES - OVER_U) * over_e + OVER_U * over_u
     return parts
 
 

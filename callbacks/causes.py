@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, counterfactual_update
+from entropy_pl.estimators import EntropyChange
 from entropy_pl.estimators.reward import checked_rewards
 from entropy_pl.objectives import counterfactual_names
 from entropy_pl.peers import Peers
@@ -172,6 +173,7 @@ class CausesOfStep:
         update: UpdateVector,
         batch: UpdateBatch | None,
         scores: ProbeScores,
+        first_order: EntropyChange,
         on_pass: Callable[[str], None],
     ) -> tuple[Record, AttributedTokens | None]:
         """Who moved the entropy, as a record's keys and token by token.
@@ -181,6 +183,7 @@ class CausesOfStep:
             update: v.
             batch: this process's part of U.
             scores: of the whole E.
+            first_order: the probe's δH₁ of them, per unit η.
             on_pass: called after every pass.
         """
         if batch is None or not self.causes.attribution:
@@ -200,6 +203,7 @@ class CausesOfStep:
                 step=self.step,
                 lr=update.lr,
                 unit=self.probe.normalize,
+                first_order=first_order,
                 matrix=matrix,
                 stderr=stderr,
             )

@@ -252,9 +252,12 @@ class ProbeSession:
                 on_pass=on_pass,
             )
             causes.absent.update({f"counterfactuals/{name}": why for name, why in scores.failed.items()})
-            found = self.probe.reduce(scores, update).to_dict()
+            result = self.probe.reduce(scores, update)
+            found = result.to_dict()
             with timed(seconds, "attribution", self.model):
-                explained, self.attributed = causes.attribute(rollout, update, batch, scores, on_pass)
+                explained, self.attributed = causes.attribute(
+                    rollout, update, batch, scores, result.first_order, on_pass
+                )
         return (
             found
             | explained

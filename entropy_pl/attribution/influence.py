@@ -7,20 +7,29 @@ With v the step per unit η, P its preconditioner and c the factor of clipping b
 
 ∇Ĥ is the gradient of the δH₁ that a probe of the same E-batch reports, baseline included. Nothing is fitted: what
 momentum, weight decay and tokens leave of ⟨∇Ĥ, v⟩ is named, and stays.
+
+An error bar over E needs the derivatives of E's statistics along the part it is of: of tokens u in a class c, along
+v_c = −c P∘Σ_{u∈c} ∂L/∂log π_u ∇log π_u, which is one backward pass over those tokens and one pass over E.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import nan
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from entropy_pl.attribution.errors import Divisor, ErrorBar, error_over_u, errors_over_e, loss_sizes
+from entropy_pl.attribution.errors import (
+    Divisor,
+    cluster_count,
+    errors_over_e,
+    errors_over_u,
+    loss_sizes,
+)
+from entropy_pl.attribution.parts import ENTROPY_TERM, OTHER_GRADIENT, OTHER_UPDATE, Attribution
 from entropy_pl.attribution.shares import Shares
+from entropy_pl.attribution.signs import by_sign
 from entropy_pl.estimators import first_order_coefficients
 from entropy_pl.estimators.snis import Clusters, Integrand, Normalize, Weighting
 from entropy_pl.peers import ALONE, Peers
@@ -29,66 +38,7 @@ from entropy_pl.policy.micro_batches import model_device
 from entropy_pl.policy.score import token_stats
 from entropy_pl.policy.tangents import Method, one_sided_tangent, tangents
 from entropy_pl.rollout import Rollout, TokenStats
-from entropy_pl.updates.vector import Direction, UpdateVector
-
-ENTROPY_TERM, OTHER_GRADIENT, OTHER_UPDATE = "entropy_term", "gradient", "update"
-
-
-@dataclass(frozen=True, eq=False)
-class Attribution:
-    """What a step's components, sequences and tokens did to the entropy, to first order, in nats per unit η.
-
-    ``total`` is ``momentum + weight_decay + Σ per_token``; with the remainders it is ``first_order``.
-
-    Args:
-        per_token: of every completion token of U, ``[N_U, T_U]``, zero where there is none.
-        momentum: of what the optimizer remembered of earlier gradients.
-        weight_decay: of the decay.
-        gradient: of this step's gradient, ⟨∇Ĥ, v_gradient⟩; the tokens are to explain it.
-        first_order: of the whole step, ⟨∇Ĥ, v⟩.
-        remainder: what the tokens do not explain, by name: ``entropy_term`` of the loss, which is no function of the
-            tokens' log-probs; ``gradient``, the rest of it (dropout, autocast, clipping by value, other terms of the
-            loss); ``update``, what the step's components leave of it (rounding of θ).
-        over_e: error bars of ``first_order``, ``momentum``, ``weight_decay`` and ``gradient`` over the E-batch: how
-            well they are measured.
-        over_u: of Σ per_token over the prompts of U: how much of it was the luck of the batch. None for one prompt.
-        stats: log-probs and entropies of U's tokens at the θ of before the step, ``[N_U, T_U]``.
-    """
-
-    per_token: Tensor = field(repr=False)
-    momentum: float
-    weight_decay: float
-    gradient: float
-    first_order: float
-    remainder: dict[str, float]
-    over_e: dict[str, ErrorBar]
-    over_u: ErrorBar | None
-    stats: TokenStats = field(repr=False)
-
-    @property
-    def per_sequence(self) -> Tensor:
-        """Of every completion of U, ``[N_U]``."""
-        return self.per_token.sum(1)
-
-    @property
-    def tokens(self) -> float:
-        """Of all tokens together."""
-        return float(self.per_token.sum())
-
-    @property
-    def total(self) -> float:
-        """Momentum, weight decay and tokens: ``first_order`` without the remainders."""
-        return self.momentum + self.weight_decay + self.tokens
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, tokens summed; of all but tokens, with both error bars over E."""
-        measured = {
-            name: {"value": getattr(self, name), "stderr": error.influence, "stderr_jackknife": error.jackknife}
-            for name, error in self.over_e.items()
-        }
-        luck = ErrorBar(nan, nan) if self.over_u is None else self.over_u
-        tokens = {"value": self.tokens, "stderr_u": luck.influence, "stderr_u_jackknife": luck.jackknife}
-        return measured | {"tokens": tokens, "remainder": dict(self.remainder), "total": self.total}
+from entropy_pl.updates.vector import Direction, LazyDirection, UpdateVector
 
 
 def attribute_update(
@@ -100,6 +50,7 @@ def attribute_update(
     token_coefficients: Tensor,
     gradient_scale: float = 1.0,
     entropy_coefficients: Tensor | None = None,
+    advantages: Tensor | None = None,
     divided_by: Divisor = "completions",
     base: TokenStats | None = None,
     tangent: TokenStats | None = None,
@@ -109,6 +60,7 @@ def attribute_update(
     integrand: Integrand = "rao_blackwell",
     clusters: Clusters = None,
     update_clusters: Clusters = None,
+    confidence: float = 0.95,
     temperature: float = 1.0,
     method: Method = "auto",
     entropy_dtype: torch.dtype = torch.float64,
@@ -118,10 +70,11 @@ def attribute_update(
 ) -> Attribution:
     """Attribute the first-order entropy change of an update to its components and to every token of the U-batch.
 
-    Passes: over E one for ``base``, a forward and a backward one, and one for each of ``tangent``, momentum and weight
-    decay (their error bars; none for a component that is zero); over U three of ``central_difference``, or a
-    ``forward_mode`` one. What is given is not computed. Memory is that of a micro-batch and of two vectors of the
-    trainable parameters in float64.
+    Passes: over E one for ``base``, a forward and a backward one, and, for error bars, one for each of ``tangent``,
+    momentum, weight decay, the tokens of each sign and what all of these leave (none for what is zero); over U three of
+    ``central_difference``, or a ``forward_mode`` one, and a forward and a backward one of the completions of each sign.
+    What is given is not computed. Memory is that of a micro-batch and of two vectors of the trainable parameters in
+    float64.
 
     Args:
         model: the policy at θ, from which E was drawn.
@@ -131,6 +84,7 @@ def attribute_update(
         token_coefficients: ∂L/∂log π(t_uk) of the loss that made the step, ``[N_U, T_U]``.
         gradient_scale: c, the factor that clipping by norm put on the loss's gradient.
         entropy_coefficients: ∂L/∂h_uk, ``[N_U, T_U]``, where the loss has an entropy term.
+        advantages: of every completion of U, ``[N_U]``, by whose sign the tokens are told apart.
         divided_by: what the loss is divided by, the number of U's ``completions`` or of their ``tokens``; for its
             error bar.
         base: statistics of E at θ, if they are at hand.
@@ -141,6 +95,7 @@ def attribute_update(
         integrand: ``rao_blackwell`` or ``surprisal``.
         clusters: prompt of each completion of E, ``[N]``; None groups equal prompts by themselves.
         update_clusters: prompt of each completion of U, ``[N_U]``; None likewise.
+        confidence: of the intervals.
         temperature: of the sampling distribution, for E and U alike.
         method: of U's derivative: ``auto``, ``forward_mode`` or ``central_difference``.
         entropy_dtype: dtype of softmax, log-prob and entropy.
@@ -203,14 +158,38 @@ def attribute_update(
             update_clusters = shares.clusters(update_rollout)
 
         def tangent_along(direction: Direction) -> TokenStats:
+            """One-sided: a pass each instead of two, and an error bar that is off by a few per cent does no harm."""
             v = UpdateVector(direction, lr=update.lr)  # from which a step to difference by is looked for
             return shares.stats(one_sided_tangent(model, eval_rollout, v, own_base, **passes))
 
         whole = tangent_along(update.direction) if tangent is None else tangent
         momentum, weight_decay = (tangent_along(update.components[part]) for part in ("momentum", "weight_decay"))
-    along = {"first_order": whole, "momentum": momentum, "weight_decay": weight_decay}
-    along["gradient"] = _difference(whole, momentum, weight_decay)  # they are linear in the direction
-    tokens = float(per_token.sum())
+        # tangents are linear in the direction, and so add up
+        along = {"first_order": whole, "momentum": momentum, "weight_decay": weight_decay}
+        along["gradient"] = _sum(whole, momentum, weight_decay, factor=-1)
+
+        own_signs = {} if advantages is None else by_sign(advantages)
+        explained: dict[str, Tensor] = {}
+        of_tokens = token_coefficients.double()
+        loss = TokenStats(of_tokens, torch.zeros_like(of_tokens), update_rollout.completion_mask)
+        for name, chosen in (own_signs or {"tokens": torch.ones(len(token_coefficients), dtype=torch.bool)}).items():
+            rows = chosen.nonzero()[:, 0].to(loss.logp.device)
+            own = update_rollout.select(rows.to(update_rollout.prompt_ids.device))
+            part = shares.sum(weighted_gradient(model, own, loss.select(rows), update.preconditioner, **scoring))
+            if loss.logp[rows].any():
+                on_pass("gradient of the loss")
+            along[name] = tangent_along(_step_of(part, update.preconditioner, gradient_scale))
+            explained = {parameter: g + explained.get(parameter, 0.0) for parameter, g in part.items()}
+        if own_signs:
+            along["tokens"] = _sum(*(along[name] for name in own_signs))
+        along["remainder"] = tangent_along(_left_of(update, explained, gradient_scale))
+        whole_signs = {} if advantages is None else by_sign(torch.cat(peers.exchange(advantages.cpu())))
+
+    per_sequence = per_token.sum(1)
+    columns = {name: per_sequence * chosen.to(per_sequence.device) for name, chosen in whole_signs.items()}
+    columns["tokens"] = per_sequence
+    values = parts | {"first_order": first_order} | {name: float(column.sum()) for name, column in columns.items()}
+    left = first_order - sum(values[name] for name in ("momentum", "weight_decay", "tokens"))
     return Attribution(
         per_token=per_token,
         momentum=parts["momentum"],
@@ -219,17 +198,45 @@ def attribute_update(
         first_order=first_order,
         remainder={
             ENTROPY_TERM: entropy_term,
-            OTHER_GRADIENT: parts["gradient"] - tokens - entropy_term,
+            OTHER_GRADIENT: parts["gradient"] - values["tokens"] - entropy_term,
             OTHER_UPDATE: first_order - sum(parts.values()),
         },
-        over_e=errors_over_e(base, along, clusters, baseline, **estimate),
-        over_u=error_over_u(per_token.sum(1), loss_sizes(u_stats.mask, divided_by), update_clusters),
+        by_sign={name: values[name] for name in whole_signs},
+        over_e=errors_over_e(
+            base,
+            {name: (values.get(name, left), tangent) for name, tangent in along.items()},
+            clusters,
+            baseline,
+            confidence=confidence,
+            **estimate,
+        ),
+        over_u=errors_over_u(columns, loss_sizes(u_stats.mask, divided_by), update_clusters, confidence=confidence),
         stats=u_stats,
+        confidence=confidence,
+        prompts_of_e=cluster_count(clusters, len(base)),
+        prompts_of_u=cluster_count(update_clusters, len(u_stats)),
     )
 
 
-def _difference(whole: TokenStats, *parts: TokenStats) -> TokenStats:
+def _sum(whole: TokenStats, *parts: TokenStats, factor: float = 1.0) -> TokenStats:
     logp, entropy = whole.logp, whole.entropy
     for part in parts:
-        logp, entropy = logp - part.logp, entropy - part.entropy
+        logp, entropy = logp + factor * part.logp, entropy + factor * part.entropy
     return TokenStats(logp, entropy, whole.mask)
+
+
+def _step_of(gradient: Mapping[str, Tensor], preconditioner: Direction, scale: float) -> Direction:
+    """−c P∘∇ of a part of the loss: what the optimizer made of it, made when it is asked for."""
+    return LazyDirection(gradient, lambda name: -scale * preconditioner[name] * gradient[name].to(preconditioner[name]))
+
+
+def _left_of(update: UpdateVector, gradient: Mapping[str, Tensor], scale: float) -> Direction:
+    """What momentum, weight decay and the tokens leave of the step, made when it is asked for."""
+    assert update.preconditioner is not None
+    tokens = _step_of(gradient, update.preconditioner, scale)
+
+    def left(name: str) -> Tensor:
+        told = [value for part, value in update.parts(name).items() if part != "gradient"]
+        return update.direction[name] - sum([*told, *([tokens[name]] if name in tokens else [])])
+
+    return LazyDirection(update.direction, left)

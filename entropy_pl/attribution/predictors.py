@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from entropy_pl.attribution.batch import UpdateBatch
-from entropy_pl.attribution.influence import Attribution
+from entropy_pl.attribution.parts import Attribution
 from entropy_pl.estimators import Agreement, agreement, covariance_prediction, steer_prediction
 from entropy_pl.estimators.snis import Clusters
 
@@ -37,7 +37,7 @@ def compare_predictors(
     """Cui et al.'s covariance (arXiv 2505.22617) and STEER's Ω (arXiv 2510.10150) against the attributed change.
 
     Args:
-        attribution: of the step.
+        attribution: of the step; its confidence is that of the intervals.
         batch: its whole U-batch, with advantages and, where it has them, weights and old log-probs.
         clusters: prompt of each completion of U, ``[N_U]``.
 
@@ -67,7 +67,10 @@ def compare_predictors(
     plain, weighted = predictions(None), predictions(here(batch.weights))
     return {
         name: Predictor(
-            agreement(weighted[name], attribution.per_token, mask, clusters=clusters), float(plain[name][mask].mean())
+            agreement(
+                weighted[name], attribution.per_token, mask, clusters=clusters, confidence=attribution.confidence
+            ),
+            float(plain[name][mask].mean()),
         )
         for name in plain
     }

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from entropy_pl.attribution import counterfactual_update
+from entropy_pl.estimators import EntropyChange
 from entropy_pl.estimators.reward import checked_rewards
 from entropy_pl.measurements.settings import MeasurementSettings, PrecisionSettings
 from entropy_pl.measurements.update import MeasuredUpdate, gradient_precision, same_choice_of_tokens
@@ -79,13 +80,14 @@ class Causes:
                 yield name, update
 
     def attribute(
-        self, rollout: Rollout, scores: ProbeScores, on_pass: Callable[[str], None]
+        self, rollout: Rollout, scores: ProbeScores, first_order: EntropyChange, on_pass: Callable[[str], None]
     ) -> tuple[Record, AttributedTokens | None]:
         """Who moved the entropy, as keys of the results and token by token.
 
         Args:
             rollout: the E-batch.
             scores: of it.
+            first_order: the probe's δH₁ of them, per unit η.
             on_pass: called with a phase's name after every pass.
         """
         asked, batch, vector = self.settings.attribution, self.update.batch, self.update.vector
@@ -116,6 +118,7 @@ class Causes:
                 step=self.update.facts["step"],
                 lr=vector.lr,
                 unit=probe.normalize,
+                first_order=first_order,
                 matrix=matrix,
                 stderr=stderr,
             )

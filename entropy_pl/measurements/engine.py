@@ -152,7 +152,7 @@ class EntropyMeasurements:
             causes.absent.update({f"counterfactuals/{name}": why for name, why in scores.failed.items()})
             result = settings.probe().reduce(scores, drawn.update.vector)
             with timed(seconds, "attribution", policy.model), matmul_precision(settings.precision.products):
-                explained, tokens = causes.attribute(drawn.rollout, scores, advance)
+                explained, tokens = causes.attribute(drawn.rollout, scores, result.first_order, advance)
         if not settings.attribution.enabled:
             del seconds["attribution"]
         results = self._results(drawn, result, seconds | drawn.seconds | scores.seconds, fingerprint)

@@ -30,7 +30,8 @@ class ProbeMemory:
         cache: keys and values while sampling.
         scoring: one micro-batch's activations, a chunk of its logits, and what softmax and entropy make of them.
         reading: the update's parts of one parameter in float64, before and after the passes.
-        attribution: ∇Ĥ and P∘∇Ĥ in float64, and the graph behind one micro-batch's logits; 0 without one.
+        attribution: two gradients in float64, and the graph behind one micro-batch's logits, or θ+ηv and the scoring of
+            one, whichever is more; 0 without one.
     """
 
     snapshot: int
@@ -98,14 +99,16 @@ def probe_memory(
     numbers = sum(p.numel() for p in trainable)
     vectors = numbers * 2 * torch.float64.itemsize
     graph = in_graph * shape.graph_of_body + with_logits * shape.graph_of_head
+    displaced = sum(p.numel() * max(p.element_size(), wide.itemsize) for p in trainable)
+    scoring = (chunk + tokens * shape.activations) * wide.itemsize + STATS_TEMPORARIES * stats
     return ProbeMemory(
         snapshot=(1 + 2 * moments) * sum(p.numel() * p.element_size() for p in trainable),
-        displaced=sum(p.numel() * max(p.element_size(), wide.itemsize) for p in trainable),
+        displaced=displaced,
         widened=sum(p.numel() * wide.itemsize for p in floating if p.element_size() < wide.itemsize),
         cache=shape.cache * rows * length * wide.itemsize,
-        scoring=(chunk + tokens * shape.activations) * wide.itemsize + STATS_TEMPORARIES * stats,
+        scoring=scoring,
         reading=READING_BYTES * max(p.numel() for p in trainable),
-        attribution=(vectors + graph * wide.itemsize) if attribution else 0,
+        attribution=(vectors + max(graph * wide.itemsize, displaced + scoring)) if attribution else 0,
     )
 
 

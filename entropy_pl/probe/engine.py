@@ -36,8 +36,10 @@ from entropy_pl.probe.timing import timed
 from entropy_pl.rollout import Rollout, TokenStats, prompt_clusters
 from entropy_pl.updates.vector import UpdateVector
 
-ATTRIBUTION_PASSES = 6
-"""Of an attribution, for progress bars: ∇Ĥ over E; θ and two differences over U; momentum and weight decay over E."""
+OVER_U = 5  # of the passes below
+ATTRIBUTION_PASSES = OVER_U + 6
+"""Of an attribution, for progress bars: ∇Ĥ over E; θ, two differences and the gradients of two signs over U; momentum,
+weight decay, the tokens of two signs and what is left over E."""
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,10 @@ class EntropyProbe(ProbeSettings):
                 update_batch.rollout,
                 update,
                 entropy_coefficients=update_batch.entropy_coefficients,
+                advantages=update_batch.advantages,
                 divided_by=update_batch.divided_by,
                 tangent=scores.tangent,
+                confidence=self.confidence,
                 method=self.method,
                 peers=peers,
                 on_pass=on_pass,

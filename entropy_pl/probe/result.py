@@ -199,7 +199,7 @@ class ProbeResult:
             "roughness": self.roughness,
             "expected_reward": None if self.expected_reward is None else self.expected_reward.to_dict(),
             "exchange_rate": None if self.exchange_rate is None else self.exchange_rate.to_dict(),
-            "attribution": None if self.attribution is None else self.attribution.to_dict(),
+            "attribution": None if self.attribution is None else self.attribution.to_dict(self.lr, self.first_order),
             "counterfactuals": {name: found.to_dict() for name, found in self.counterfactuals.items()},
             "seconds": self.seconds,
             **self.settings,

@@ -12,18 +12,22 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from entropy_pl.reporting.records import Record
+from entropy_pl.attribution.signs import NEGATIVE, POSITIVE, ZERO, by_sign
+from entropy_pl.reporting.records import Record, plain
 from entropy_pl.reporting.visible_text import shortened
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Unit = Literal["per_token", "per_sequence"]
 
-FORMAT = "entropy_pl.attributed_tokens.1"  # written into every file, and asked of every file that is read
+FORMAT = "entropy_pl.attributed_tokens.2"  # written into every file, and asked of every file that is read
+OLDER_FORMATS = ("entropy_pl.attributed_tokens.1",)  # without errors and reach, and with ⟨∇Ĥ, v⟩ as the whole
 DECILES = 10
+NO_TOKEN_ERRORS = "Single tokens have no error bar unless token_error_blocks is set."
 CONTEXT = 40  # characters before a token that go with it into the record
 TOTALS = ("momentum", "weight_decay", "tokens", "remainder", "first_order")
-POSITIVE, NEGATIVE, ZERO = "positive_advantage", "negative_advantage", "zero_advantage"
+ERRORS = ("stderr", "stderr_u")
+SIGNS = (POSITIVE, NEGATIVE, ZERO)
 OF_TOKENS = ("values", "logp", "entropy", "advantages", "sequence", "position", "stderr")
 OF_SEQUENCES = ("sequence_values", "sequence_stderr", "matrix")
 ARRAYS = (*OF_TOKENS, *OF_SEQUENCES)
@@ -56,6 +60,10 @@ class AttributedTokens:
         stderr: standard error of each token's value over the E-batch, ``[n]``, nats; None: not computed.
         totals: nats of the step by component: ``momentum``, ``weight_decay``, ``tokens``, ``remainder`` and their sum
             ``first_order``, as many of them as are known.
+        errors: standard errors of the totals, and of the tokens by sign of the advantage, by the same names: ``stderr``
+            over the E-batch and ``stderr_u`` over the prompts of the U-batch, nats; None or not there: not known.
+        reach: standard errors that a figure's error bars reach to either side: Student's t of the probe's confidence,
+            or 1.
 
     Raises:
         ValueError: if lengths disagree, a row is none of the N completions, or a name or unit is unknown.
@@ -77,6 +85,8 @@ class AttributedTokens:
     matrix: Floats | None = field(default=None, repr=False)
     stderr: Floats | None = field(default=None, repr=False)
     totals: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, Record] = field(default_factory=dict, repr=False)
+    reach: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ARRAYS:
@@ -99,8 +109,9 @@ class AttributedTokens:
             )
         if self.unit not in get_args(Unit):
             raise ValueError(f"expected unit to be one of {', '.join(get_args(Unit))}, got {self.unit!r}")
-        if unknown := set(self.totals) - set(TOTALS):
-            raise ValueError(f"expected totals among {', '.join(TOTALS)}, got {', '.join(sorted(unknown))}")
+        for name, given, known in (("totals", self.totals, TOTALS), ("errors", self.errors, (*TOTALS, *SIGNS))):
+            if unknown := set(given) - set(known):
+                raise ValueError(f"expected {name} among {', '.join(known)}, got {', '.join(sorted(unknown))}")
 
     def __len__(self) -> int:
         return len(self.text)
@@ -115,10 +126,7 @@ class AttributedTokens:
 
         ``positive_advantage``, ``negative_advantage``, ``zero_advantage`` (NaN included); empty without advantages.
         """
-        if self.advantages is None:
-            return {}
-        positive, negative = self.advantages > 0, self.advantages < 0
-        return {POSITIVE: positive, NEGATIVE: negative, ZERO: ~(positive | negative)}
+        return {} if self.advantages is None else by_sign(self.advantages)
 
     def deciles(self) -> Integers:
         """Decile of each token's probability, ``[n]``, 0 (least probable) to 9.
@@ -169,11 +177,12 @@ class AttributedTokens:
             count: how many of the most influential tokens it names.
 
         Returns:
-            ``by_sign``: the sum of values by name of :meth:`by_sign`, in nats; ``tokens_by_sign``: how many tokens;
-            ``by_decile``: ten dicts of ``logp_low`` and ``logp_high`` (the least and the largest log π, None for an
-            empty one), ``tokens`` and the sum of values by the same names (``all`` without advantages);
+            ``tokens_by_sign``: how many tokens by name of :meth:`by_sign`; ``by_decile``: ten dicts of ``logp_low`` and
+            ``logp_high`` (the least and the largest log π, None for an empty one), ``tokens``, the sum of values by the
+            same names (``all`` without advantages), in nats, and ``stderr``, None: these shares have no error bar;
             ``top_tokens``: dicts of ``text``, ``context`` (what stands before it), ``sequence``, ``position``,
-            ``value``, ``stderr``, ``logp``, ``entropy`` and ``advantage`` (None: not known).
+            ``value``, ``stderr`` (None: not asked for, see ``token_error_blocks``), ``logp``, ``entropy`` and
+            ``advantage`` (None: not known).
         """
         deciles, sums = self.deciles(), self.by_sign_and_decile()
         by_decile: list[Record] = []
@@ -185,6 +194,7 @@ class AttributedTokens:
                     "logp_high": float(logp.max()) if len(logp) else None,
                     "tokens": len(logp),
                     **{name: columns["values"][decile] for name, columns in sums.items()},
+                    "stderr": None,
                 }
             )
         top_tokens = [
@@ -202,7 +212,6 @@ class AttributedTokens:
             for i in self.top(count).tolist()
         ]
         return {
-            "by_sign": {name: float(self.values[chosen].sum()) for name, chosen in self.by_sign().items()},
             "tokens_by_sign": {name: int(chosen.sum()) for name, chosen in self.by_sign().items()},
             "by_decile": by_decile,
             "top_tokens": top_tokens,
@@ -222,6 +231,8 @@ class AttributedTokens:
             "eta": float(self.eta),
             "unit": self.unit,
             "totals": {name: float(value) for name, value in self.totals.items()},
+            "errors": plain(self.errors),
+            "reach": float(self.reach),
             # as JSON: arrays of strings lose a NUL at a string's end, and take the longest one's room for each
             "text": list(self.text),
             "prompts": list(self.prompts),
@@ -256,10 +267,12 @@ class AttributedTokens:
                 arrays = {name: file[name] for name in file.files}
             header = json.loads(str(arrays.pop("header")))
             found = header.pop("format")
-            if found != FORMAT:
+            if found not in (FORMAT, *OLDER_FORMATS):
                 raise ValueError(f"its format is {found!r}")
             if not all(isinstance(text, str) for text in [*header["text"], *header["prompts"]]):
                 raise ValueError("its texts are no strings")
+            if not all(isinstance(error, dict) for error in header.get("errors", {}).values()):
+                raise ValueError("its errors are no objects")
             columns: dict[str, Any] = {
                 name: arrays.get(name) if name in MAY_BE_NONE else arrays[name] for name in ARRAYS
             }

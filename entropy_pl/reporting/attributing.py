@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, compare_predictors
+from entropy_pl.estimators import EntropyChange, interval
 from entropy_pl.estimators.snis import Normalize
 from entropy_pl.probe import what_happened
-from entropy_pl.reporting.attributed import AttributedTokens
+from entropy_pl.reporting.attributed import ERRORS, TOTALS, AttributedTokens
 from entropy_pl.reporting.records import Record
 from entropy_pl.rollout import prompt_clusters
 
@@ -26,6 +27,7 @@ def attributed_tokens(
     step: int,
     lr: float,
     unit: Normalize,
+    first_order: EntropyChange | None = None,
     matrix: InfluenceMatrix | None = None,
     stderr: Tensor | None = None,
 ) -> AttributedTokens:
@@ -38,6 +40,7 @@ def attributed_tokens(
         step: the optimizer step.
         lr: η.
         unit: of the entropy.
+        first_order: the probe's own δH₁, per unit η; see :meth:`.Attribution.to_dict`.
         matrix: per unit η.
         stderr: of every token, per unit η, ``[N_U, T_U]``.
     """
@@ -50,6 +53,8 @@ def attributed_tokens(
         for row, of_prompt in zip(batch.rollout.prompt_ids.cpu(), batch.rollout.prompt_mask.cpu(), strict=True)
     ]
     advantages = None if batch.advantages is None else batch.advantages.double().cpu().numpy()[rows]
+    found = attribution.to_dict(lr, first_order)
+    parts = {name: found["remainder_sum" if name == "remainder" else name] for name in TOTALS} | found["by_sign"]
     return AttributedTokens(
         step=step,
         eta=lr,
@@ -66,13 +71,9 @@ def attributed_tokens(
         sequence_stderr=None if matrix is None else abs(lr) * matrix.stderr.numpy(),
         matrix=None if matrix is None else np.asarray(lr * matrix.values),
         stderr=None if stderr is None else abs(lr) * stderr.cpu()[mask].numpy(),
-        totals={
-            "momentum": lr * attribution.momentum,
-            "weight_decay": lr * attribution.weight_decay,
-            "tokens": lr * attribution.tokens,
-            "remainder": lr * sum(attribution.remainder.values()),
-            "first_order": lr * attribution.first_order,
-        },
+        totals={name: parts[name]["value"] for name in TOTALS},
+        errors={name: {key: part.get(key) for key in ERRORS} for name, part in parts.items()},
+        reach=interval(0.0, 1.0, attribution.prompts_of_e, attribution.confidence)[1],
     )
 
 
@@ -97,10 +98,12 @@ def attribution_record(
         options: of :func:`attributed_tokens`.
 
     Returns:
-        The keys ``attribution`` and, where the batch has advantages, ``predictors``; and every token.
+        The keys ``attribution`` and, where the batch has advantages, ``predictors``; and every token. All but the
+        predictors' ``step`` are of the step taken.
     """
     tokens = attributed_tokens(attribution, batch, tokenizer, **options)
-    record: Record = {"attribution": attribution.to_dict() | tokens.summary()}
+    found = attribution.to_dict(options["lr"], options.get("first_order"))
+    record: Record = {"attribution": found | tokens.summary()}
     if batch.advantages is not None:
         predictors = compare_predictors(attribution, batch, clusters=prompt_clusters(batch.rollout))
         record["predictors"] = {name: predictor.to_dict() for name, predictor in predictors.items()}

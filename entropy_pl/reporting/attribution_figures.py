@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager, get_font
 from numpy.typing import NDArray
 
-from entropy_pl.reporting.attributed import DECILES, NEGATIVE, POSITIVE, ZERO, AttributedTokens
-from entropy_pl.reporting.components import COMPONENTS, Z95, per_step
+from entropy_pl.attribution.signs import NEGATIVE, POSITIVE, ZERO
+from entropy_pl.reporting.attributed import DECILES, AttributedTokens
+from entropy_pl.reporting.components import COMPONENTS, part
 from entropy_pl.reporting.figures import (
     BELOW_POWER,
     FIRST_STYLE,
@@ -41,7 +42,7 @@ from entropy_pl.reporting.figures import (
     side_by_side,
     units_of,
 )
-from entropy_pl.reporting.records import latest_per_step
+from entropy_pl.reporting.records import latest_per_step, number
 from entropy_pl.reporting.visible_text import shortened, visible
 
 LOWERS, RAISES = "#D55E00", "#0072B2"
@@ -197,11 +198,12 @@ def influence_matrix_figure(tokens: AttributedTokens) -> Figure:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3])
     values, places = tokens.sequence_values[columns], np.arange(len(columns))
     stderr = tokens.sequence_stderr if len(columns) <= ERROR_BARS else None
-    errors = None if stderr is None else Z95 * stderr[columns]
+    errors = None if stderr is None else tokens.reach * stderr[columns]
     colours = np.where(values < 0, LOWERS, RAISES)
     upper.bar(places, values, width=0.8, color=colours, yerr=errors, error_kw={"elinewidth": 0.6, "ecolor": "#333333"})
     upper.axhline(0, color=GREY, linewidth=0.8)
-    upper.set_ylabel(f"mean over E\n[{tokens.units}]", fontsize=8)
+    reach = "" if errors is None else f", ± {tokens.reach:.3g} SE"
+    upper.set_ylabel(f"mean over E{reach}\n[{tokens.units}]", fontsize=8)
     finish(upper, "y")
 
     sizes = np.abs(tokens.matrix[np.isfinite(tokens.matrix)])
@@ -230,6 +232,8 @@ def influence_matrix_figure(tokens: AttributedTokens) -> Figure:
 def influence_share_figure(tokens: AttributedTokens) -> Figure:
     """How much of the tokens' entropy change comes from each sign of the advantage and decile of the probability.
 
+    The sums by sign have standard errors over E in the legend; the deciles have none.
+
     Args:
         tokens: of one step.
 
@@ -239,19 +243,20 @@ def influence_share_figure(tokens: AttributedTokens) -> Figure:
     if not len(tokens):
         return empty_figure(f"optimizer step {tokens.step}: no tokens to draw")
     everything = tokens.by_sign_and_decile()
-    shares = {name: part for name, part in everything.items() if any(part["values"])} or everything
-    total = sum(sum(part["values"]) for part in shares.values())
+    shares = {name: share for name, share in everything.items() if any(share["values"])} or everything
+    total = sum(sum(share["values"]) for share in shares.values())
     deciles = np.arange(DECILES)
     figure = new_figure(height=4.2)
     axes: Axes = figure.subplots()
     width = 0.8 / len(shares)
-    for place, (name, part) in enumerate(shares.items()):
+    for place, (name, share) in enumerate(shares.items()):
         colour, words = SIGN_STYLES[name]
-        own = sum(part["values"])
-        label = f"{words}: {own:+.2e} nats" + (f" ({100 * own / total:.0f} %)" if total else "")
-        axes.bar(deciles + (place + 0.5) * width - 0.4, part["values"], width, color=colour, label=label, zorder=2)
-    together = np.sum([part["values"] for part in shares.values()], axis=0)
-    axes.plot(deciles, together, "D", color="black", markersize=4, label=f"together: {total:+.2e} nats", zorder=4)
+        own = sum(share["values"])
+        label = f"{words}: {_with_error(tokens, name, own)}" + (f" ({100 * own / total:.0f} %)" if total else "")
+        axes.bar(deciles + (place + 0.5) * width - 0.4, share["values"], width, color=colour, label=label, zorder=2)
+    together = np.sum([share["values"] for share in shares.values()], axis=0)
+    words = f"together: {_with_error(tokens, 'tokens', total)}"
+    axes.plot(deciles, together, "D", color="black", markersize=4, label=words, zorder=4)
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=3)
     probabilities = np.exp(tokens.logp)
     own_decile = tokens.deciles()
@@ -278,22 +283,22 @@ def components_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
     """
     kept = [record for record in latest_per_step(records) if record.get("attribution")]
-    parts = {name: [per_step(record, name) for record in kept] for name in (*COMPONENTS, "first_order")}
-    drawn = {name: part for name, part in parts.items() if np.isfinite(column(part, "value")).any()}
+    parts = {name: [part(record, name) for record in kept] for name in (*COMPONENTS, "first_order")}
+    drawn = {name: found for name, found in parts.items() if np.isfinite(column(found, "value")).any()}
     if not drawn:
         return empty_figure(f"no probe has attributed an entropy change yet ({len(records)} recorded)")
     steps = np.array([record["step"] for record in kept], dtype=float)
     figure = new_figure(height=4.2)
     axes: Axes = figure.subplots()
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
-    for name, part in drawn.items():
+    for name, found in drawn.items():
         words = r"whole step, $\delta H_1$" if name == "first_order" else name.replace("_", " ")
         style = {"markersize": 5, "linestyle": "-", "linewidth": 1.4, **COMPONENT_STYLES.get(name, {})}
-        banded_curve(axes, steps, part, FIRST_STYLE if name == "first_order" else style, words, filled=True)
+        banded_curve(axes, steps, found, FIRST_STYLE if name == "first_order" else style, words, filled=True)
     axes.set_ylabel(f"entropy change of the step\n[{units_of(kept)}]")
     over_steps(axes, steps)
     finish(axes, "y")
-    place_legend(figure, axes, title="95 % confidence intervals")
+    place_legend(figure, axes, title=interval_title(kept))
     return figure
 
 
@@ -386,6 +391,12 @@ def _group_means(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64]) -> 
         groups = [group for group in np.array_split(np.argsort(x, kind="stable"), DECILES) if len(group)]
     middles, means = [float(np.median(x[group])) for group in groups], [float(y[group].mean()) for group in groups]
     axes.plot(middles, means, "D-", color="black", markersize=4, linewidth=1, label="mean of a tenth", zorder=5)
+
+
+def _with_error(tokens: AttributedTokens, name: str, value: float) -> str:
+    """``+1.2e-05 ± 3e-06 nats``, the standard error over E."""
+    stderr = number(tokens.errors.get(name), "stderr")
+    return f"{value:+.2e}" + (f" ± {stderr:.0e}" if math.isfinite(stderr) else "") + " nats"
 
 
 def _title(tokens: AttributedTokens, rest: str) -> str:

@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
-from entropy_pl.reporting.attributed import NEGATIVE, POSITIVE, TOTALS, ZERO, AttributedTokens
+from entropy_pl.attribution.signs import NEGATIVE, POSITIVE, ZERO
+from entropy_pl.reporting.attributed import NO_TOKEN_ERRORS, TOTALS, AttributedTokens
 from entropy_pl.reporting.page import minus, render, signed
-from entropy_pl.reporting.records import Record
+from entropy_pl.reporting.records import Record, number
 from entropy_pl.reporting.visible_text import shortened, visible
 
 LEVELS = 8  # steps of colour intensity, either way
@@ -38,9 +39,9 @@ to first order, in {{ units }}.</p>
 
 <h2>What moved the entropy</h2>
 <div class="scroll"><table>
-<tr><th class="words">part of the step</th><th>nats</th><th>of the whole</th></tr>
+<tr><th class="words">part of the step</th><th>nats ± SE over E</th><th>SE over U</th><th>of the whole</th></tr>
 {% for row in totals -%}
-<tr><td class="words">{{ row.name }}</td><td>{{ row.value }}</td><td>{{ row.share }}</td></tr>
+<tr><td class="words">{{ row.name }}</td><td>{{ row.value }}</td><td>{{ row.over_u }}</td><td>{{ row.share }}</td></tr>
 {% endfor -%}
 </table></div>
 
@@ -53,6 +54,8 @@ to first order, in {{ units }}.</p>
 <td>{{ row.sequence }}, token {{ row.position }}</td></tr>
 {% endfor -%}
 </table></div>
+
+<p class="faint">{{ without_errors }}</p>
 
 <h2>Completions</h2>
 <p>{{ n_shown }} of {{ n_sequences }} completions, the most influential first, by prompt.
@@ -116,6 +119,7 @@ def attribution_page(tokens: AttributedTokens, *, title: str, max_sequences: int
         levels=[f"{0.08 + 0.57 * level / LEVELS:.2f}" for level in range(1, LEVELS + 1)],
         totals=_totals(tokens),
         top=_top(tokens),
+        without_errors=_without_errors(tokens),
         n_tokens=len(tokens),
         n_sequences=N,
         n_shown=len(shown),
@@ -126,23 +130,35 @@ def attribution_page(tokens: AttributedTokens, *, title: str, max_sequences: int
     )
 
 
+def _without_errors(tokens: AttributedTokens) -> str:
+    """What on the page has no error bar, and what would give it one."""
+    said = [NO_TOKEN_ERRORS] if tokens.stderr is None else []
+    said += ["Completions have none unless influence_matrix is set."] if tokens.sequence_stderr is None else []
+    return " ".join([*said, "Sums over prompts have none."])
+
+
 def _totals(tokens: AttributedTokens) -> list[Record]:
     whole = tokens.totals.get("first_order", math.nan)
-    rows: list[tuple[str, float]] = []
+    rows: list[tuple[str, str, float]] = []
     for name in TOTALS:
         if name in tokens.totals:
-            rows.append(("whole step, δH₁" if name == "first_order" else name.replace("_", " "), tokens.totals[name]))
+            words = "whole step, δH₁" if name == "first_order" else name.replace("_", " ")
+            rows.append((name, words, tokens.totals[name]))
         if name == "tokens":
             for sign, chosen in tokens.by_sign().items():
                 words = f"– with {SIGN_NAMES[sign]} ({int(chosen.sum())})"
-                rows.append((words, float(tokens.values[chosen].sum())))
+                rows.append((sign, words, float(tokens.values[chosen].sum())))
+    over_e, over_u = (
+        {name: number(tokens.errors.get(name), key) for name, _, _ in rows} for key in ("stderr", "stderr_u")
+    )
     return [
         {
-            "name": name,
-            "value": signed(value),
+            "name": words,
+            "value": signed(value) + ("" if math.isnan(over_e[name]) else f" ± {over_e[name]:.1e}"),
+            "over_u": "–" if math.isnan(over_u[name]) else f"{over_u[name]:.1e}",
             "share": minus(f"{100 * value / whole:.1f} %") if whole and math.isfinite(value / whole) else "–",
         }
-        for name, value in rows
+        for name, words, value in rows
     ]
 
 

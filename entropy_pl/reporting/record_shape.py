@@ -15,6 +15,9 @@ _ANY = "*"  # every key of a mapping
 _TEXT, _STEP, _SOME = "text", f"a whole number below {LARGEST_STEP}", "an object"
 _EVERY: dict[str, Any] = {_ANY: _SOME}
 _POINT = dict.fromkeys(("true", "first_order", "reward_true", "reward_first_order"), _SOME)
+_PARTS = dict.fromkeys(
+    ("momentum", "weight_decay", "gradient", "tokens", "first_order", "remainder", "remainder_sum", "over_u"), _SOME
+)
 _RECORD: dict[str, Any] = {
     **dict.fromkeys(("kind", "status", "message", "normalize"), _TEXT),
     "warnings": [_TEXT],
@@ -23,13 +26,13 @@ _RECORD: dict[str, Any] = {
     **dict.fromkeys(("entropy", "first_order", "second_order", "expected_reward", "exchange_rate"), _SOME),
     "power_law": _SOME,
     "sweep": [_POINT],
-    "attribution": dict.fromkeys(
-        ("momentum", "weight_decay", "gradient", "tokens", "first_order", "remainder", "by_sign"), _SOME
-    ),
+    "attribution": {**_PARTS, "by_sign": _EVERY},
     "predictors": _EVERY,
     "counterfactuals": {_ANY: dict.fromkeys(("true", "difference", "reward_true", "reward_difference"), _SOME)},
     "absent": _SOME,
 }
+
+_OF_SCHEMA_1: dict[str, Any] = {**_RECORD, "attribution": {**_PARTS, "by_sign": _SOME}}  # there plain numbers
 
 
 def check_shape(record: Mapping[str, Any]) -> None:
@@ -42,7 +45,7 @@ def check_shape(record: Mapping[str, Any]) -> None:
         ValueError: naming the first key with something else in it, what was expected and what came.
     """
     if record.get("kind", "probe") in ("probe", "measurement"):
-        _check(record, _RECORD, "")
+        _check(record, _OF_SCHEMA_1 if record.get("schema") == 1 else _RECORD, "")
 
 
 def _check(value: Any, shape: Any, path: str) -> None:

@@ -15,11 +15,13 @@ that was measured has the rest:
 
 Where attribution, rewards, predictors or counterfactual losses were asked for, a record has these as well:
 
-* ``attribution``: ``first_order``, ``momentum``, ``weight_decay`` and ``gradient``, each ``{"value", "stderr",
-  "stderr_jackknife"}`` per unit η, errors over E; ``tokens``, ``{"value", "stderr_u", "stderr_u_jackknife"}``, errors
-  over the prompts of the U-batch; ``remainder``, what the tokens do not explain, ``{name: value}``; ``total``,
-  momentum, weight decay and tokens together; all per unit η. And of the tokens, in nats of the step taken, ``by_sign``,
-  ``tokens_by_sign``, ``by_decile`` and ``top_tokens`` (:meth:`.AttributedTokens.summary`);
+* ``attribution``, in nats of the step taken: ``momentum``, ``weight_decay``, ``gradient``, ``tokens`` and
+  ``remainder_sum``, each ``{"value", "stderr", "stderr_jackknife", "ci_low", "ci_high"}``, errors over E; ``tokens``
+  and the same of every sign of the advantage in ``by_sign`` with ``stderr_u`` and ``stderr_u_jackknife`` too, errors
+  over the prompts of the U-batch (``over_u`` has their number, and why there are none); ``remainder``, what of
+  ``remainder_sum`` is what, ``{name: value}``; ``total``, momentum, weight decay and tokens together; ``first_order``,
+  the δH₁ of the step taken, which is ``total`` and the remainders together. And of the tokens ``tokens_by_sign``,
+  ``by_decile`` and ``top_tokens`` (:meth:`.AttributedTokens.summary`);
 * ``predictors``: ``{name: {"pearson", "spearman", "sign_agreement", "step_pearson", "step_spearman", ...}}``, how well
   each follows the attributed changes token by token, and ΔH step by step; of some with ``_stderr``, ``_ci_low`` and
   ``_ci_high``; and ``step``, what it predicts of the step per unit η;
@@ -56,10 +58,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from entropy_pl.reporting.older_records import from_schema_1
 from entropy_pl.reporting.record_shape import check_shape
 
-SCHEMA = 1
-"""Version of the record format, written as ``schema``."""
+SCHEMA = 2
+"""Version of the record format, written as ``schema``: 2 since the attribution is in nats of the step taken."""
 
 Record = dict[str, Any]
 """What a probe or a measurement leaves behind, JSON-able; its keys are this module's subject."""
@@ -123,8 +126,10 @@ class RecordWriter:
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
     """The records of a file, in the order they were written.
 
-    Lines that are no record (unfinished, not JSON, of another schema, with something else under a record's keys) are
-    left out, with a warning that names them; so are the bytes of a ``.gz`` file that belong to no whole gzip member.
+    Lines that are no record (unfinished, not JSON, of a schema that this version does not know, with something else
+    under a record's keys) are left out, with a warning that names them; so are the bytes of a ``.gz`` file that belong
+    to no whole gzip member. Records of schema 1 are converted to this version's
+    (:mod:`entropy_pl.reporting.older_records`).
 
     Args:
         path: a file written by :class:`RecordWriter`.
@@ -270,13 +275,26 @@ def _parse(line: bytes) -> Record:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    if record.get("schema", SCHEMA) != SCHEMA:
-        raise ValueError(f"expected schema {SCHEMA}, got {record['schema']!r}")
     if b"\\ud" in line.lower():  # escapes of half a character, which no file or terminal takes: � in their place
         text = json.dumps(record, ensure_ascii=False).encode("utf-16", "surrogatepass")
         record = json.loads(text.decode("utf-16", "replace"))
+    return current(record)
+
+
+def current(record: Record) -> Record:
+    """A record that was read, as this version writes it: one of schema 1 converted, one of another refused.
+
+    Args:
+        record: as JSON has it.
+
+    Raises:
+        ValueError: if it is of another schema, or has something else under a record's keys.
+    """
+    schema = record.get("schema", SCHEMA)
+    if schema not in (1, SCHEMA):
+        raise ValueError(f"expected schema {SCHEMA} or 1, got {schema!r}")
     check_shape(record)
-    return record
+    return record if schema == SCHEMA else from_schema_1(record)
 
 
 def _plain(value: Any, where: str) -> Any:

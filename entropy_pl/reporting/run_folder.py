@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from entropy_pl.reporting.record_shape import check_shape
-from entropy_pl.reporting.records import Record, read_records
+from entropy_pl.reporting.records import Record, current, read_records
 from entropy_pl.reporting.run_figures import Curve
 
 FOLDER, RECORDS, RESULTS = "entropy_probe", "records.jsonl", "results.json"
@@ -112,10 +111,9 @@ def _measurement(file: Path) -> list[Record]:
     if not isinstance(results, dict) or results.get("kind") != "measurement":
         raise ValueError(f"expected {file} to hold the results of a measurement, got something else")
     try:
-        check_shape(results)
+        return [current(results)]
     except ValueError as error:
         raise ValueError(f"expected {file} to hold the results of a measurement: {error}") from error
-    return [results]
 
 
 def _probes(file: Path, damaged: list[str]) -> list[Record]:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from entropy_pl.reporting.attributed import AttributedTokens
+from entropy_pl.reporting.attributed import NO_TOKEN_ERRORS, AttributedTokens
 from entropy_pl.reporting.attribution_figures import (
     components_figure,
     exchange_rate_figure,
@@ -36,6 +36,7 @@ from entropy_pl.reporting.run_folder import RunFolder
 from entropy_pl.reporting.table import (
     DASH,
     SWEEP_COLUMNS,
+    attribution_caption,
     attribution_cells,
     counterfactual_cells,
     probe_cells,
@@ -336,12 +337,15 @@ def _of_one_step(run: RunFolder, record: Record) -> list[Record]:
     """Components and tokens of the last step that was attributed."""
     columns, heading = ["part of the step", "nats ± SE over E", "SE over U", "of δH₁"], f"The parts{_at_step(record)}"
     rows = _with_minus(attribution_cells(record))
-    parts = [_table(columns, rows, "words", heading=heading, counted="parts")]
+    table = _table(columns, rows, "words", heading=heading, counted="parts")
+    parts = [{**table, "below": visible(attribution_caption(record) or "")}]
     top = record["attribution"].get("top_tokens")
     if top:
-        columns = ["before it, and the token", "nats", "π", "H", "A", "completion"]
+        columns = ["before it, and the token", "nats ± SE over E", "π", "H", "A", "completion"]
         rows, heading = [_token_row(token) for token in top], f"The tokens that moved it most{_at_step(record)}"
-        parts.append(_table(columns, rows, "words", heading=heading, counted="tokens"))
+        table = _table(columns, rows, "words", heading=heading, counted="tokens")
+        known = any(math.isfinite(number(token, "stderr")) for token in top)
+        parts.append({**table, "below": table["below"] if known else NO_TOKEN_ERRORS})
     file = run.token_files.get(record.get("step"))
     if file is None:
         return parts
@@ -358,13 +362,13 @@ def _of_one_step(run: RunFolder, record: Record) -> list[Record]:
 
 
 def _token_row(token: Mapping[str, Any]) -> list[Any]:
-    advantage = number(token, "advantage")
+    advantage, stderr = number(token, "advantage"), number(token, "stderr")
     return [
         {
             "before": visible(str(token.get("context", ""))),
             "marked": visible(shortened(str(token.get("text", "")), 40)),
         },
-        signed(number(token, "value")),
+        signed(number(token, "value")) + ("" if math.isnan(stderr) else f" ± {stderr:.1e}"),
         _short(math.exp(number(token, "logp"))),
         _short(number(token, "entropy")),
         DASH if math.isnan(advantage) else minus(f"{advantage:+.2f}"),

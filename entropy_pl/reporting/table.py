@@ -11,13 +11,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from entropy_pl.reporting.components import per_step
+from entropy_pl.attribution.signs import NEGATIVE, POSITIVE, ZERO
+from entropy_pl.reporting.components import part
 from entropy_pl.reporting.records import latest_per_step, number, taken_point
 from entropy_pl.reporting.trust import UNTRUSTED, any_untrustworthy, untrustworthy
 
 DASH, MARK = "–", "!"
 SWEEP_COLUMNS = ("η", "ΔH ± SE", "δH₁ ± SE", "ΔH/δH₁ − 1", "ESS")
-SIGNS = {"positive_advantage": "A > 0", "negative_advantage": "A < 0", "zero_advantage": "A = 0"}
+SIGNS = {POSITIVE: "A > 0", NEGATIVE: "A < 0", ZERO: "A = 0"}
 
 
 def probe_table(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -103,7 +104,7 @@ def attribution_table(record: Mapping[str, Any]) -> Group:
         title=f"Who moved the entropy{step}",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        caption=None if record.get("attribution") else "no attribution recorded",
+        caption=attribution_caption(record) if record.get("attribution") else "no attribution recorded",
     )
     parts.add_column("")
     for name in ("nats ± SE over E", "SE over U", "of δH₁"):
@@ -123,14 +124,24 @@ def attribution_table(record: Mapping[str, Any]) -> Group:
 
 def attribution_cells(record: Mapping[str, Any]) -> list[list[str]]:
     """The rows of the components' table: name, nats of the step taken with the error over E, that over U, share."""
-    whole = number(per_step(record, "first_order"), "value")
+    whole = number(part(record, "first_order"), "value")
     rows = []
-    for name, part in _parts(record):
-        value, over_u = number(part, "value"), number(part, "stderr_u")
+    for name, found in _parts(record):
+        value, over_u = number(found, "value"), number(found, "stderr_u")
         error = DASH if math.isnan(over_u) else f"{over_u:.1e}"
         share = f"{round(100 * value / whole, 1) + 0.0:.1f} %" if whole and math.isfinite(value / whole) else DASH
-        rows.append([name, with_error(value, number(part, "stderr")), error, share])
+        rows.append([name, with_error(value, number(found, "stderr")), error, share])
     return rows
+
+
+def attribution_caption(record: Mapping[str, Any]) -> str | None:
+    """What the remainder is made of, and why there is no error bar over U where there is none."""
+    attribution = record.get("attribution") or {}
+    remainder, over_u = attribution.get("remainder") or {}, attribution.get("over_u") or {}
+    named = ", ".join(f"{name.replace('_', ' ')} {number(remainder, name):.1e}" for name in remainder)
+    lines = [f"of the remainder, without error bars of their own: {named}"] if named else []
+    lines += [f"no SE over U: {over_u['absent']}"] if over_u.get("absent") else []
+    return "\n".join(lines) or None
 
 
 def counterfactual_cells(record: Mapping[str, Any]) -> list[list[str]]:
@@ -144,15 +155,16 @@ def counterfactual_cells(record: Mapping[str, Any]) -> list[list[str]]:
 
 def _parts(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """The rows of the components' table, in nats of the step taken, as far as the record has them."""
-    attribution, eta = record.get("attribution") or {}, number(record, "lr")
-    by_sign, remainder = attribution.get("by_sign") or {}, attribution.get("remainder") or {}
-    rows = [(name.replace("_", " "), per_step(record, name)) for name in ("momentum", "weight_decay", "gradient")]
-    # indented: tokens and remainders are the gradient's part once more, told apart
-    rows.append(("  tokens", per_step(record, "tokens")))
-    rows += [(f"    of {words}", {"value": number(by_sign, key)}) for key, words in SIGNS.items()]
-    rows += [(f"  remainder: {name.replace('_', ' ')}", {"value": eta * number(remainder, name)}) for name in remainder]
-    rows.append(("δH₁", per_step(record, "first_order")))
-    return [(name, part) for name, part in rows if math.isfinite(number(part, "value"))]
+    rows: list[tuple[str, Mapping[str, Any] | None]] = [
+        (name.replace("_", " "), part(record, name)) for name in ("momentum", "weight_decay", "gradient")
+    ]
+    # indented: the gradient's part once more, told apart (but for the remainder's rounding of θ)
+    rows.append(("  tokens", part(record, "tokens")))
+    rows += [(f"    of {words}", part(record, name)) for name, words in SIGNS.items()]
+    rows += [("  remainder", part(record, "remainder")), ("δH₁", part(record, "first_order"))]
+    empty = part(record, ZERO)
+    shown = ((name, found) for name, found in rows if found is not empty or number(empty, "value"))
+    return [(name, found) for name, found in shown if found and math.isfinite(number(found, "value"))]
 
 
 def _sweep_caption(record: Mapping[str, Any]) -> str:

@@ -12,15 +12,16 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from entropy_pl.reporting.components import COMPONENTS, per_step
+from entropy_pl.attribution.signs import NEGATIVE, POSITIVE
+from entropy_pl.reporting.components import COMPONENTS, part
 from entropy_pl.reporting.records import Record, number, taken_point
 
 PREFIX = "entropy_probe/"
 ENTROPY, DELTA_H_TRUE, DELTA_H1 = f"{PREFIX}entropy", f"{PREFIX}delta_h_true", f"{PREFIX}delta_h1"
 DELTA_J_TRUE, DELTA_J1, EXCHANGE_RATE = f"{PREFIX}delta_j_true", f"{PREFIX}delta_j1", f"{PREFIX}exchange_rate"
-SIGNS = ("positive_advantage", "negative_advantage")
 ETA_STAR = ("eta_star", "eta_star_ci_low", "eta_star_ci_high")
 WARNINGS = f"{PREFIX}warnings"
+ATTRIBUTED = (*COMPONENTS, "first_order", POSITIVE, NEGATIVE)
 AGREEMENTS = ("pearson", "spearman", "sign_agreement", "step_pearson", "step_spearman")
 
 
@@ -41,8 +42,8 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
         * ``entropy_probe/delta_j_true`` and ``entropy_probe/delta_j1``, the change of the expected reward, and
           ``entropy_probe/exchange_rate``, ΔH/ΔJ, in nats per unit reward, its interval only where that has bounds;
         * ``entropy_probe/attribution/`` with ``momentum``, ``weight_decay``, ``tokens``, ``remainder`` and
-          ``first_order``, in nats, with 95 % intervals, and ``positive_advantage`` and ``negative_advantage``, the
-          tokens by sign;
+          ``first_order``, and ``positive_advantage`` and ``negative_advantage``, the tokens by sign, in nats, each with
+          its interval over E;
         * ``entropy_probe/predictors/<name>/`` with ``pearson``, ``spearman``, ``sign_agreement``, ``step_pearson`` and
           ``step_spearman``, and the intervals of those that have one;
         * ``entropy_probe/counterfactuals/<name>/delta_h`` and ``/delta_j``, under another loss.
@@ -61,8 +62,6 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     values |= {f"{PREFIX}{name}": number(record, name) for name in ETA_STAR}
     values[f"{PREFIX}update_norm"] = number(record, "update_norm")
     values[f"{PREFIX}overhead"] = number(record, "overhead")
-    by_sign = (record.get("attribution") or {}).get("by_sign")
-    values |= {f"{PREFIX}attribution/{name}": number(by_sign, name) for name in SIGNS}
     for name, predictor in (record.get("predictors") or {}).items():
         for key in (f"{measure}{end}" for measure in AGREEMENTS for end in ("", "_ci_low", "_ci_high")):
             agreement = (predictor or {}).get(key)
@@ -84,7 +83,7 @@ def _estimates(record: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str,
         DELTA_J1: taken.get("reward_first_order"),
         EXCHANGE_RATE: rate,
     }
-    estimates |= {f"{PREFIX}attribution/{name}": per_step(record, name) for name in (*COMPONENTS, "first_order")}
+    estimates |= {f"{PREFIX}attribution/{name}": part(record, name) for name in ATTRIBUTED}
     for name, counterfactual in (record.get("counterfactuals") or {}).items():
         estimates[_counterfactual(name)] = (counterfactual or {}).get("true")
         estimates[f"{PREFIX}counterfactuals/{name}/delta_j"] = (counterfactual or {}).get("reward_true")

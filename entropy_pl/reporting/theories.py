@@ -18,8 +18,9 @@ FEWEST = 4  # steps: a correlation of three has no interval
 def add_step_agreement(record: Record, earlier: Sequence[Mapping[str, Any]]) -> None:
     """Add to a record's predictors how they have agreed with ΔH over the run's probes so far, this one included.
 
-    ``step_pearson`` with its 95 % interval (Fisher's z) and ``step_spearman``, over ``n_steps``: between the theory's
-    prediction and ΔH per unit learning rate, so that a schedule, which both would share, does not pass for a theory.
+    ``step_pearson`` with its interval (Fisher's z, at the record's confidence) and ``step_spearman``, over ``n_steps``:
+    between the theory's prediction and ΔH per unit learning rate, so that a schedule, which both would share, does not
+    pass for a theory.
     The interval takes steps as independent, which neighbours are not. None before four steps.
 
     Args:
@@ -30,7 +31,7 @@ def add_step_agreement(record: Record, earlier: Sequence[Mapping[str, Any]]) -> 
     for name, predictor in (record.get("predictors") or {}).items():
         pairs = np.array([_pair(other, name) for other in run])
         pairs = pairs[np.isfinite(pairs).all(1)]
-        predictor |= {"n_steps": len(pairs), **_correlations(*pairs.T)}
+        predictor |= {"n_steps": len(pairs), **_correlations(*pairs.T, confidence=record.get("confidence") or 0.95)}
 
 
 def step_evidence(record: Mapping[str, Any]) -> Record:
@@ -59,14 +60,14 @@ def _pair(record: Mapping[str, Any], name: str) -> tuple[float, float]:
     return predicted, number((taken_point(record) or {}).get("true"), "value") / lr if lr else math.nan
 
 
-def _correlations(predicted: Any, measured: Any) -> dict[str, float | None]:
+def _correlations(predicted: Any, measured: Any, *, confidence: float) -> dict[str, float | None]:
     names = ("step_pearson", "step_pearson_ci_low", "step_pearson_ci_high", "step_spearman")
     if len(predicted) < FEWEST:
         return dict.fromkeys(names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         pearson = stats.pearsonr(predicted, measured)
-        interval = pearson.confidence_interval(0.95)
+        interval = pearson.confidence_interval(confidence)
         spearman = stats.spearmanr(predicted, measured)
     values = (pearson.statistic, interval.low, interval.high, spearman.statistic)
     return {key: float(x) if math.isfinite(x) else None for key, x in zip(names, values, strict=True)}
