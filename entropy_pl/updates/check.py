@@ -98,4 +98,3 @@ def made_or_why_not(make: Callable[[], T], stepper: str) -> tuple[T | None, str 
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
         return None, f"the state of {stepper} is not that of its base class, of which parts are made ({found})"
-

@@ -72,6 +72,10 @@ class _Step:
     absent: str | None = None
 
 
+# Owner of memory → what was stepped on it, one after another: parameter, its splitter, its unit and its place.
+_InTurn = Mapping[str, Sequence[tuple[str, Any, float, Alias | None]]]
+
+
 class UpdateRecorder:
     """Reads one optimizer step as an :class:`UpdateVector`, whatever optimizer, clipping or schedule made it.
 
@@ -119,7 +123,7 @@ class UpdateRecorder:
         self._before: dict[str, Tensor] | None = None
         self._all_moments = False
         self._no_split: str | None = None
-        self._next: Mapping[str, Sequence[tuple[str, NextSplitter, float]]] = {}
+        self._next: _InTurn = {}
         self._update: UpdateVector | None = None
 
     @property
@@ -327,9 +331,9 @@ class UpdateRecorder:
         step, absent = made_or_why_not(made, stepper_name(optimizer))
         return _Step(lr, absent=absent) if step is None else step
 
-    def _in_turn(self, steps: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, list[tuple[str, Any, float, Any]]]:
-        """By owner of memory, what was stepped on it: parameter, its splitter, its unit and its place."""
-        found: dict[str, list[tuple[str, Any, float, Any]]] = {}
+    def _in_turn(self, steps: Sequence[tuple[Mapping[str, Any], float]]) -> _InTurn:
+        """Splitters of several optimizers, each with its unit, by owner of memory."""
+        found: dict[str, list[tuple[str, Any, float, Alias | None]]] = {}
         for splits, factor in steps:
             for name, split in splits.items():
                 alias = self._aliases.get(name)
@@ -398,9 +402,7 @@ def record_update(
         if len(taken) == len(several):
             recorder.read()
 
-    watches = [
-        watch_steps(one, before=lambda: None, after=partial(after_step, i)) for i, one in enumerate(several)
-    ]
+    watches = [watch_steps(one, before=lambda: None, after=partial(after_step, i)) for i, one in enumerate(several)]
     try:
         yield recorder
     finally:

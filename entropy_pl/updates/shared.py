@@ -99,8 +99,8 @@ def _storage(parameter: Tensor) -> int:
 def _alias(owner_name: str, owner: Tensor, other: Tensor) -> Alias | None:
     if other.numel() > owner.numel():
         return None
-    offset = other.storage_offset() - owner.storage_offset()
-    if not (0 <= offset and offset + _extent(other) <= _extent(owner)):
+    offset = int(other.storage_offset()) - int(owner.storage_offset())
+    if offset < 0 or offset + _extent(other) > _extent(owner):
         return None
     layouts = tuple(owner.shape), owner.stride(), tuple(other.shape), other.stride()
     if not _is_dense(owner):  # between its numbers may lie those of others
