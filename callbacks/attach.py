@@ -10,8 +10,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_pl.registry import did_you_mean
-from entropy_pl.updates.steps import inner_optimizer
+from entropy_pl.updates.in_backward import may_move_in_backward
+from entropy_pl.updates.steps import holders, parameters_of, stepper_name
 
+ALL = "all"
 TOKENIZER_NAMES = ("tokenizer", "processing_class")
 NOT_TRAINING = (
     "the probe measures optimizer steps. Leave it out, turn it off with every_n_steps=0, or measure a checkpoint with "
@@ -87,36 +89,71 @@ def find_tokenizer(given: Any, owners: Sequence[Any]) -> PreTrainedTokenizerBase
     )
 
 
-def find_optimizer(optimizers: Sequence[Any], policy: nn.Module, index: int | None) -> Any:
-    """The optimizer that holds the policy's trainable parameters: the one named, or the only one that does.
+def check_which(optimizer: Any) -> None:
+    """Refuse what does not say which optimizers are watched.
 
     Raises:
-        ValueError: if there is none, or more than one and none was named.
+        ValueError: unless it is None, a number, several numbers, or "all".
+    """
+    numbers = optimizer if isinstance(optimizer, list) else [optimizer]
+    if optimizer in (None, ALL) or (numbers and all(type(number) is int and number >= 0 for number in numbers)):
+        return
+    raise ValueError(
+        f'expected optimizer as a number, several numbers, "all", or None for the only one, got {optimizer!r}'
+    )
+
+
+def find_optimizers(optimizers: Sequence[Any], policy: nn.Module, which: int | list[int] | str | None) -> list[Any]:
+    """The optimizers that hold the policy's trainable parameters: those named, all of them, or the only one.
+
+    Args:
+        optimizers: the run's.
+        policy: whose parameters are looked for.
+        which: a number, several, "all", or None.
+
+    Raises:
+        ValueError: if there is none, one named holds none, or there are several and none was named.
     """
     owned = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
     held = [
-        sum(id(parameter) in owned for group in optimizer.param_groups for parameter in group["params"])
+        sum(id(parameter) in owned for holder in holders(optimizer) for parameter in parameters_of(holder))
         for optimizer in optimizers
     ]
     holding = [i for i, count in enumerate(held) if count]
     found = "; ".join(
-        f"{i}: {type(inner_optimizer(optimizer)).__name__} with {count}"
+        f"{i}: {stepper_name(optimizer)} with {count}"
         for i, (optimizer, count) in enumerate(zip(optimizers, held, strict=True))
     )
-    if index is not None:
-        if index not in holding:
-            raise ValueError(
-                f"expected optimizer {index} to hold trainable parameters of the policy ({len(owned)} of them), got "
-                f"{found or 'no optimizer'}"
-            )
-        return optimizers[index]
+    if which == ALL and holding:
+        return [optimizers[i] for i in holding]
+    if isinstance(which, int | list):
+        numbers = list(dict.fromkeys([which] if isinstance(which, int) else which))
+        for number in numbers:
+            if number not in holding:
+                raise ValueError(
+                    f"expected optimizer {number} to hold trainable parameters of the policy ({len(owned)} of them), "
+                    f"got {found or 'no optimizer'}"
+                )
+        return [optimizers[number] for number in numbers]
     if len(holding) != 1:
+        if holding:
+            advice = (
+                'say optimizer="all" for the step that they take together, or which of them, '
+                f"optimizer={holding[0]}, for its part of it alone"
+            )
+        elif may_move_in_backward(policy.parameters()):
+            advice = (
+                "the parameters have hooks for their gradients, by which an optimizer may move them in the backward "
+                "pass. To have that measured, give the trainer an optimizer over these parameters with the learning "
+                "rate of those hooks; nobody need call its step()"
+            )
+        else:
+            advice = "give its parameters to the optimizer, of this very object"
         raise ValueError(
             f"expected one optimizer over the policy's trainable parameters ({len(owned)} of them), got "
-            f"{found or 'no optimizer'}"
-            + (": say which, optimizer=0" if holding else ": give its parameters to the optimizer, of this very object")
+            f"{found or 'no optimizer'}: {advice}"
         )
-    return optimizers[holding[0]]
+    return [optimizers[holding[0]]]
 
 
 def refuse_sharded(policy: nn.Module, what: str | None) -> None:

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from tqdm import tqdm
 
+from entropy_pl.callbacks.attach import check_which
 from entropy_pl.callbacks.causes import Causes, RunSources
 from entropy_pl.callbacks.prompts import DEFAULT_COLUMN, count_common
 from entropy_pl.callbacks.session import ProbeSession, check_numbers
@@ -31,7 +33,7 @@ from entropy_pl.reporting import (
     step_evidence,
 )
 from entropy_pl.reporting.records import plain
-from entropy_pl.updates.steps import was_skipped, watch_steps
+from entropy_pl.updates.together import StepsTogether
 
 DEFAULT_MAX_NEW_TOKENS = 256
 KEPT_BACK = "it is kept, and written with the next one as soon as there is room"
@@ -45,13 +47,13 @@ class Attachment:
 
     Args:
         session: the probing of it.
-        optimizer: to be watched.
+        optimizers: to be watched; their steps, one after another, are one step.
         directory: for records and figures.
         sinks: makes the run's loggers; called in the first process alone.
     """
 
     session: ProbeSession
-    optimizer: Any
+    optimizers: Sequence[Any]
     directory: Path
     sinks: Callable[[], Sequence[Sink]]
 
@@ -77,7 +79,9 @@ class ProbeDoor:
         eta_multipliers: step sizes as multiples of that step's learning rate. The step really taken is always measured.
         policy: attribute path of the Hugging Face or PEFT model. None finds it where there is one.
         tokenizer: of the policy. None takes `tokenizer` or `processing_class` of the run.
-        optimizer: which of the run's optimizers is watched, by its number. None takes the one with the policy in it.
+        optimizer: which of the run's optimizers is watched, by its number. Several numbers, or `all` of those with the
+            policy in them, are measured as the one step that they take together: each of them once, one after another.
+            None takes the only one with the policy in it.
         max_new_tokens: longest completion. None takes the run's, else 256.
         temperature: E is drawn at it, with top_p = 1 and no top-k. None takes the run's, else 1.
         normalize: `per_token` or `per_sequence`.
@@ -128,7 +132,7 @@ class ProbeDoor:
         eta_multipliers: Sequence[float] = (0.5, 1.0, 2.0),
         policy: str | None = None,
         tokenizer: Any = None,
-        optimizer: int | None = None,
+        optimizer: int | list[int] | Literal["all"] | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         normalize: Normalize = "per_token",
@@ -158,7 +162,8 @@ class ProbeDoor:
         self.every_n_steps = every_n_steps
         self.records: list[Record] = []
         self._prompts, self._prompt_column = prompts, prompt_column
-        self._policy, self._tokenizer, self._optimizer = policy, tokenizer, optimizer
+        self._policy, self._tokenizer = policy, tokenizer
+        self._optimizer = list(optimizer) if isinstance(optimizer, tuple) else optimizer
         self._sampling: dict[str, Any] = {
             "num_sequences": num_sequences,
             "completions_per_prompt": completions_per_prompt,
@@ -187,6 +192,7 @@ class ProbeDoor:
                 raise ValueError(f"expected every_n_steps ≥ 0 (0 is off), got {every_n_steps}")
             if max_new_tokens is not None and max_new_tokens < 1:
                 raise ValueError(f"expected max_new_tokens of at least 1, or None for the run's, got {max_new_tokens}")
+            check_which(self._optimizer)
             if every_n_steps:
                 check_numbers(num_sequences, completions_per_prompt)
             EntropyProbe(**self._options, temperature=1.0 if temperature is None else temperature)
@@ -200,16 +206,19 @@ class ProbeDoor:
         self._output_directory = output_directory
         self._progress_bar = progress_bar
         self._session: ProbeSession | None = None
-        self._watched: Any = None  # the optimizer, and the handle by which its steps are seen
-        self._handle: Any = None
+        self._watched: Sequence[Any] = ()  # the optimizers, and the handle by which their steps are seen
+        self._handle: StepsTogether | None = None
         self._writer: RecordWriter | None = None  # of the one process that writes
         self._written: dict[int, Record] = {}  # by the part of the run that is taken again
         self._unwritten: list[Record] = []
         self._history: list[Record] = []  # of every probe of the run what theories are compared by
         self._interruption: BaseException | None = None
         self._sinks: list[Sink] = []
-        self._step: int | None = None  # of the watched optimizer, the next one, counted from 0
-        self._attempted = False  # a step has begun and has not ended
+        self._step: int | None = None  # of the watched optimizers, the next one, counted from 0
+        self._attempted: set[int] = set()  # whose step has begun, of the step that has not ended
+        self._unsettled: Record | None = None  # of a step measured, while its training step goes on
+        self._has_counted = False  # a step, in this training step
+        self._unstepped = False  # a training step without a step of the optimizer has moved the policy
         self._was_open = False
 
     def is_due(self, step: int) -> bool:
@@ -275,8 +284,9 @@ class ProbeDoor:
         """Watch the optimizer's steps, and make ready what the first process writes to."""
         session = found.session
         self.records, self._history, self._unwritten = [], [], []
-        self._attempted, self._was_open, self._interruption = False, True, None
-        self._session, self._watched = session, found.optimizer
+        self._attempted, self._was_open, self._interruption = set(), True, None
+        self._unsettled, self._unstepped = None, False
+        self._session, self._watched = session, found.optimizers
         if session.peers.rank == 0:
             self._writer = _writer_in(found.directory)
             earlier = _records_in(self._writer.path)
@@ -294,7 +304,9 @@ class ProbeDoor:
                 sink.prepare(session.sources.rewards is not None, causes.counterfactuals)
             with whatever_happens("say what a probe will take"):
                 tqdm.write(self._announcement(session))  # on a line of its own, whatever bars there are
-        self._handle = watch_steps(found.optimizer, self._before_step, self._after_step)
+        self._handle = StepsTogether(
+            found.optimizers, self._before_step, session.took_step, self._after_step, session.disarm
+        )
 
     def _note_update_prompts(self, update_prompts: Any) -> None:
         """Count the E prompts that the run trains on, warn of them, and say so in every record."""
@@ -309,21 +321,52 @@ class ProbeDoor:
                 stacklevel=2,
             )
 
-    def _attempt(self) -> None:
-        """A step begins: a gradient scaler may skip it, and then the optimizer's own hooks say nothing."""
-        if self._handle is not None and not self._handle.under_way:  # else a closure is called once more
-            self._close_skipped()
-        self._attempted = True
+    def _begin_training_step(self) -> None:
+        """Before the forward and backward passes that a step is made of, of which an accumulated one has several."""
+        self._settle()
+        self._has_counted = False
+        if self._session is not None and self._step is not None and self.is_due(self._step):
+            self._session.begin(self._step, self._watched)
 
-    def _between_steps(self) -> None:
-        """No step is under way: one that has begun and not ended was skipped, or raised and was caught."""
+    def _attempt(self, which: int = 0) -> None:
+        """A step of one of the optimizers begins: a gradient scaler may skip it, and then its own hooks say nothing."""
+        handle = self._handle
+        if handle is None:
+            return
+        # Else a closure is called once more, or it is the turn of the next one.
+        if not handle.under_way and which in self._attempted and not handle.has_stepped(which):
+            self._close_open()
+        self._attempted.add(which)
+
+    def _between_steps(self, *, counts: bool = False) -> None:
+        """No step is under way: one that has begun and not ended was skipped, or raised and was caught.
+
+        Args:
+            counts: whether a training step ends here: then it is a step even where no optimizer was asked to take one,
+                if it moved the policy.
+        """
         if self._handle is not None:
             self._handle.reset()
-        self._close_skipped()
+        self._close_open(counts=counts)
+        self._settle()
 
-    def _close_skipped(self) -> None:
-        if self._attempted and self._session is not None:
-            self._end_step(self._session.skipped)
+    def _close_open(self, *, counts: bool = False) -> None:
+        """End a step that has begun and not ended."""
+        session, handle = self._session, self._handle
+        if session is None or handle is None:
+            return
+        if handle.is_open:
+            self._take(partial(session.not_one_step, handle.close()))
+        elif self._attempted:
+            self._take(self._unstepped_record)
+        elif counts and not self._has_counted and (self._unstepped or session.has_moved()):
+            self._unstepped = True
+            self._take(self._unstepped_record)
+
+    def _unstepped_record(self, step: int) -> Record:
+        """Of a step of which the optimizer says nothing: it was skipped, or taken in the backward pass."""
+        assert self._session is not None
+        return self._measure(step) if self._session.holds_moved else self._session.skipped(step)
 
     def _finish(self) -> None:
         """The run is over: show the probes as a table and a figure, and say where everything lies."""
@@ -342,6 +385,7 @@ class ProbeDoor:
 
     def _close(self) -> None:
         """Let go of the optimizer and of θ, and write what could not be written before."""
+        self._settle()
         if self._unwritten:
             with whatever_happens("write the last records", self._lost):
                 self._write()
@@ -351,7 +395,8 @@ class ProbeDoor:
         if self._session is not None:
             self._session.disarm()
             self._session.peers.close()
-        self._handle = self._watched = self._session = None
+        self._handle = self._session = None
+        self._watched = ()
 
     def _reward(self) -> float | None:
         """The reward that stands beside a probe, where the run keeps one."""
@@ -373,30 +418,49 @@ class ProbeDoor:
         if self._session is not None and self._step is not None and self.is_due(self._step):
             self._session.arm(self._watched)
 
-    def _after_step(self) -> None:
+    def _after_step(self, taken: bool) -> None:
+        if self._session is not None and self._step is not None:
+            # a fused optimizer under a gradient scaler skips inside its own step
+            self._take(self._measure if taken else self._session.skipped)
+
+    def _take(self, record_of: Callable[[int], Record]) -> None:
+        """Count a step, and keep its record, where it is due."""
         session, step = self._session, self._step
-        if session is not None and step is not None:
-            try:
-                # a fused optimizer under a gradient scaler skips inside its own step
-                self._end_step(session.skipped if was_skipped(self._watched) else self._measure)
-            except Exception:
+        try:
+            self._end_step(record_of)
+        except Exception:
+            raise
+        except BaseException as interruption:  # the step is taken, and the trainer has yet to count it
+            if session is None or session.peers.size > 1:  # they wait for this process in the probe, and it behind it
                 raise
-            except BaseException as interruption:  # the step is taken, and the trainer has yet to count it
-                if session.peers.size > 1:  # they wait for this process in the probe, and it would for them behind it
-                    raise
-                self._interruption = interruption
-                warnings.warn(
-                    f"{type(interruption).__name__} during the entropy probe of step {step}: the run stops at the end "
-                    "of the step, in the state that the step left; a run resumed from before it probes it again",
-                    stacklevel=2,
-                )
+            self._interruption = interruption
+            warnings.warn(
+                f"{type(interruption).__name__} during the entropy probe of step {step}: the run stops at the end "
+                "of the step, in the state that the step left; a run resumed from before it probes it again",
+                stacklevel=2,
+            )
 
     def _end_step(self, record_of: Callable[[int], Record]) -> None:
         if self._step is None:
             return
-        step, self._step, self._attempted = self._step, self._step + 1, False
+        self._settle()
+        step, self._step, self._has_counted = self._step, self._step + 1, True
+        self._attempted.clear()
         if self.is_due(step):
-            self._keep(record_of(step))
+            record = record_of(step)
+            if self._session is not None and self._session.left_out is not None:
+                self._unsettled = record  # what the update leaves out may move until the training step ends
+            else:
+                self._keep(record)
+
+    def _settle(self) -> None:
+        """The training step is over: say of its record what the update left out, and keep it."""
+        record, self._unsettled = self._unsettled, None
+        if record is not None:
+            if self._session is not None:
+                with whatever_happens("say what the update leaves out"):
+                    record |= self._session.what_is_left_out(record)
+            self._keep(record)
 
     def _measure(self, step: int) -> Record:
         assert self._session is not None

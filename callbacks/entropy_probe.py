@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from entropy_pl.attribution import UpdateBatch
-from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizer, find_policy, find_tokenizer, refuse_sharded
+from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizers, find_policy, find_tokenizer, refuse_sharded
 from entropy_pl.callbacks.causes import RunSources
 from entropy_pl.callbacks.door import Attachment, ProbeDoor
 from entropy_pl.callbacks.prompts import find_prompts
@@ -53,7 +53,7 @@ class EntropyProbeCallback(ProbeDoor, Callback):
         return self._generate_state_key(**told_apart, seed=self._sampling["seed"])
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps the watched optimizer has taken."""
+        """How many steps the watched optimizers have taken."""
         return {"step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -90,18 +90,24 @@ class EntropyProbeCallback(ProbeDoor, Callback):
             self._step = trainer.global_step if len(trainer.optimizers) == 1 else 0
         self._note_update_prompts(_update_prompts(trainer))
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Mark where a step to be probed begins."""
+        self._begin_training_step()
+
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Note that a step begins, and, of one to be probed, the gradient's norm."""
-        if self._watched is not None and inner_optimizer(optimizer) is inner_optimizer(self._watched):
-            self._attempt()
+        watched = [inner_optimizer(one) for one in self._watched]
+        if inner_optimizer(optimizer) in watched:
+            self._attempt(watched.index(inner_optimizer(optimizer)))
             due = pl_module.automatic_optimization and self._step is not None and self.is_due(self._step)
             self._unclipped = _gradient_norm(optimizer) if due else None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """A step that has not ended by now was skipped; one whose probe was interrupted ends here."""
-        self._between_steps()
+        # Under automatic optimization the optimizer is asked at the end of accumulation: nothing else is a step.
+        self._between_steps(counts=not pl_module.automatic_optimization)
         self._stop_if_interrupted()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,8 +138,8 @@ class EntropyProbeCallback(ProbeDoor, Callback):
             peers,
             self._sources(trainer, pl_module),
         )
-        optimizer = find_optimizer(trainer.optimizers, policy, self._optimizer)
-        return Attachment(session, optimizer, self.directory(trainer), lambda: _sinks(trainer.loggers))
+        optimizers = find_optimizers(trainer.optimizers, policy, self._optimizer)
+        return Attachment(session, optimizers, self.directory(trainer), lambda: _sinks(trainer.loggers))
 
     def _sources(self, trainer: Trainer, pl_module: LightningModule) -> RunSources:
         """What the module says of itself, where it does."""

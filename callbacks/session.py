@@ -32,10 +32,22 @@ from entropy_pl.probe import (
 from entropy_pl.reporting import AttributedTokens
 from entropy_pl.reporting.records import SCHEMA, Record
 from entropy_pl.rollout import Rollout
+from entropy_pl.updates.in_backward import Mark, may_move_in_backward
+from entropy_pl.updates.left_out import LeftOut
 from entropy_pl.updates.record import UpdateRecorder
+from entropy_pl.updates.steps import Stepping, holders, parameters_of
 from entropy_pl.updates.vector import UpdateVector
 
 NOT_ALL = "expected all processes to take this step, got some that did not: their policies are no longer one"
+WHOLE_TRAINING_STEP = (
+    "the parameters moved before the optimizer's step, in the backward pass: the update is their change over the whole "
+    "training step, which has no momentum, gradient and weight-decay parts here"
+)
+MOVED_UNSEEN = (
+    "expected the parameters to move in the optimizer's step, but it moved nothing and they moved before it in this "
+    "training step, as optimizers do that update in the backward pass, and nothing was kept to compare them with. From "
+    "now on they are kept from the beginning of a training step, and the next one that is probed will be measured"
+)
 SAME_STEP = 1e-6  # relative to the norms: rounding of float32 is 1e-7, another gradient gives 1e-3 and more
 
 
@@ -91,6 +103,12 @@ class ProbeSession:
     _probing: float = field(default=0.0, init=False, repr=False)  # seconds of all probes together
     attributed: AttributedTokens | None = field(default=None, init=False, repr=False)
     """Of the step measured last, where it was attributed."""
+    left_out: LeftOut | None = field(default=None, init=False, repr=False)
+    """What the update of the step under way is not of, until its training step ends."""
+    _in_backward: bool = field(default=False, init=False, repr=False)  # θ moves there, or may
+    _from_beginning: bool = field(default=False, init=False, repr=False)  # θ is kept from before the passes
+    _begun_step: int | None = field(default=None, init=False, repr=False)
+    _mark: Mark | None = field(default=None, init=False, repr=False)  # of θ before the passes
     warnings: list[str] = field(default_factory=list, init=False)
     """Sentences about the run itself that a reader of any of its records must know; every record repeats them."""
 
@@ -136,35 +154,117 @@ class ProbeSession:
             moments=bool(self.causes.counterfactuals),
         )
 
-    def arm(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before the step: keep θ. What goes wrong here is recorded after the step, as a failed probe."""
+    def begin(self, step: int, optimizers: Sequence[Stepping]) -> None:
+        """Before the passes that a step is made of: mark θ, or keep it, where it moves in the backward pass.
+
+        Args:
+            step: the optimizer step's number, counted from 0; of an accumulated one the first call counts.
+            optimizers: those whose step it will be.
+        """
+        if self._begun_step == step:
+            return
+        self._begun_step = step
+        parameters = [p for one in optimizers for inner in holders(one) for p in parameters_of(inner)]
+        self._in_backward = self._in_backward or may_move_in_backward(parameters)
+        if self._in_backward:
+            self.arm(optimizers)
+            self._from_beginning = self._recorder is not None
+        else:
+            owned = {id(parameter) for parameter in self.model.parameters()}
+            self._mark = Mark(p for p in parameters if id(p) in owned)
+
+    def arm(self, optimizers: Sequence[Stepping]) -> None:
+        """Before the step: keep θ, if it is not kept already and has moved since the passes began.
+
+        What goes wrong here is recorded after the step, as a failed probe.
+        """
+        if self.holds_moved:
+            return
         self.disarm()
         start = time.perf_counter()
         if self._begun is None:
             self._begun = start
         try:
-            self._recorder = UpdateRecorder(self.model, optimizer)
+            self._recorder = UpdateRecorder(self.model, optimizers)
             self._recorder.snapshot(moments=bool(self.causes.counterfactuals))
+            left_out = LeftOut(self.model, self._recorder.names)
+            self.left_out = left_out if left_out.parameters else None
         except Exception as error:
             self._recorder, self._failure = None, error
         self._probing += time.perf_counter() - start
 
     def disarm(self) -> None:
         """Let go of θ; a step that was watched and never came is forgotten."""
-        self._recorder = self._failure = None
+        self._recorder = self._failure = self.left_out = None
+        self._from_beginning = False
+
+    def took_step(self, optimizer: Stepping) -> None:
+        """One of the optimizers has just stepped."""
+        if self._recorder is not None:
+            try:
+                self._recorder.took_step(optimizer)
+            except Exception as error:
+                self._recorder, self._failure = None, error
+
+    @property
+    def holds_moved(self) -> bool:
+        """Whether θ is kept from before the passes of this step, and they have moved it."""
+        return self._from_beginning and self._recorder is not None and self._recorder.moved()
+
+    def has_moved(self) -> bool:
+        """Whether θ has moved since the passes of this step began; False where that is not known."""
+        return self.holds_moved or (self._mark is not None and self._mark.moved())
 
     def skipped(self, step: int) -> Record:
-        """The record of a step that was due and did not happen, and disarm."""
+        """The record of a step that was due and that the optimizer did not take, and disarm."""
+        moved = self.has_moved()
+        record = self._untaken(step)
+        if record["status"] == "failed":
+            return record
+        if moved:
+            return record | self._moved_unseen()
+        return record | {
+            "status": "skipped",
+            "message": "the optimizer's step did not take place, or did not end: a gradient scaler skips one whose "
+            "gradients are not finite",
+        }
+
+    def not_one_step(self, said: str, step: int) -> Record:
+        """The record of a step that was due and that not all of the optimizers took once, and disarm.
+
+        Args:
+            said: who took how many.
+            step: the step's number, counted from 0.
+        """
+        return self._untaken(step) | {
+            "status": "failed",
+            "message": f"expected each of the optimizers watched to step once in a training step, got {said}: their "
+            "steps are not one step. Watch one of them by its number (optimizer=0), or those that step together",
+        }
+
+    def what_is_left_out(self, record: Record) -> Record:
+        """What a record says of the trainable parameters that its update is not of, and disarm."""
+        left_out, self.left_out = self.left_out, None
+        if left_out is None or record["status"] != "ok":
+            return {}
+        share, sentence = left_out.said(record["lr"] * record["update_norm"])
+        return {"update_left_out": share, "warnings": [*record["warnings"], *([sentence] if sentence else [])]}
+
+    def _untaken(self, step: int) -> Record:
         self.disarm()
+        self._mark = None
         try:
             if any(other is not None for other in self.peers.exchange(None)):
                 raise ValueError(NOT_ALL)
         except Exception as error:
             return self._record(step, "failed") | _failure(error)
-        return self._record(step, "skipped") | {
-            "message": "the optimizer's step did not take place, or did not end: a gradient scaler skips one whose "
-            "gradients are not finite"
-        }
+        return self._record(step, "skipped")
+
+    def _moved_unseen(self) -> Record:
+        """The parameters moved, but not in the optimizer's step; from now on θ is kept from before the passes."""
+        self._in_backward = True
+        warnings.warn(f"entropy probe: {MOVED_UNSEEN}", stacklevel=2)
+        return {"status": "failed", "message": MOVED_UNSEEN}
 
     def measure(self, step: int, on_pass: Callable[[str], None] = lambda phase: None) -> Record:
         """After the step: read it off, measure it and disarm.
@@ -181,6 +281,7 @@ class ProbeSession:
         start = time.perf_counter()
         memory = None
         kept = 0 if self._recorder is None else self._recorder.bytes()  # in use before the block below begins
+        kept += 0 if self.left_out is None else self.left_out.bytes()
         try:
             with peak_memory(model_device(self.model)) as memory:
                 record |= self._measured(record, step, on_pass)
@@ -188,7 +289,9 @@ class ProbeSession:
             record |= _failure(error)
             warnings.warn(f"entropy probe at step {step} failed, training goes on. {record['message']}", stacklevel=2)
         finally:
+            left_out = self.left_out  # it may move until the training step ends
             self.disarm()
+            self.left_out, self._mark = left_out, None
         record["memory"] = None if memory is None else {"kind": memory.kind, "added_bytes": kept + memory.added}
         now = time.perf_counter()
         record.setdefault("seconds", {})["total"] = now - start
@@ -221,6 +324,8 @@ class ProbeSession:
 
     def _measured(self, record: Record, step: int, on_pass: Callable[[str], None]) -> Record:
         update, norm = self._read(record)
+        if norm == 0 and self.has_moved():
+            return self._moved_unseen()
         if norm == 0:
             message = (
                 "the step did not move the policy (a learning rate of zero, or no gradient): nothing to do where a "
@@ -276,7 +381,9 @@ class ProbeSession:
                 raise self._failure
             if self._recorder is None:
                 raise RuntimeError("no step is being watched: call arm() before the optimizer's step")
-            update = self._recorder.read(keep=False)  # what it refers to stays as it is until the probe is over
+            apart = WHOLE_TRAINING_STEP if self.holds_moved else None
+            # What a lazy one refers to stays as it is until the probe is over.
+            update = self._recorder.read(keep=False, no_split=apart)
             record["lr"] = update.lr
             norm = update.checked_norm()
             if self.peers.size == 1:

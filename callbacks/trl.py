@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
 from entropy_pl.attribution import UpdateBatch
-from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizer, find_policy, find_tokenizer, refuse_sharded
+from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizers, find_policy, find_tokenizer, refuse_sharded
 from entropy_pl.callbacks.causes import RunSources
 from entropy_pl.callbacks.door import Attachment, ProbeDoor
 from entropy_pl.callbacks.prompts import PromptRows, given_or_kept, prompt_texts, read_prompts
@@ -113,7 +113,7 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
                 peers,
                 self._sources(tokenizer, PromptRows(prompts, texts, self._prompt_column)),
             )
-            watched = find_optimizer([optimizer], policy, self._optimizer)
+            watched = find_optimizers([optimizer], policy, self._optimizer)
             return Attachment(session, watched, self.directory(args), lambda: self._find_sinks(args, state, control))
 
         self._attach(find)
@@ -124,6 +124,7 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
         self._rewards_before = len(self._rewards())
         if self._capture is not None:
             self._capture.begin(self._step is not None and self.is_due(self._step))
+        self._begin_training_step()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """Note that a step begins."""

@@ -13,6 +13,7 @@ from entropy_pl.policy.micro_batches import compact, default_batch_tokens, micro
 from entropy_pl.policy.precision import evaluation
 from entropy_pl.rollout import Rollout, TokenStats
 from entropy_pl.updates.displace import parameters_named
+from entropy_pl.updates.shared import aliased
 
 
 def weighted_gradient(
@@ -37,7 +38,7 @@ def weighted_gradient(
         model: a causal language model.
         rollout: ``[N, P]`` and ``[N, T]``; a micro-batch without coefficients is left out.
         coefficients: a as ``logp`` and b as ``entropy``, ``[N, T]``.
-        names: of the parameters to differentiate by.
+        names: of the parameters to differentiate by; of one that shares its memory with others, by all of them.
         temperature: of the sampling distribution.
         entropy_dtype: dtype of softmax and entropy.
         max_batch_tokens: padded tokens per micro-batch; None takes what the free memory and the device suggest.
@@ -60,6 +61,9 @@ def weighted_gradient(
     with evaluation(model), torch.enable_grad():
         parameters = parameters_named(model, names)
         total = {name: torch.zeros_like(parameter, requires_grad=False) for name, parameter in parameters.items()}
+        every = dict(model.named_parameters())
+        others = {name: alias for name, alias in aliased(model, names).items() if every[name].requires_grad}
+        held = [*parameters.values(), *(every[name] for name in others)]
         budget = default_batch_tokens(model, rollout, graph=True) if max_batch_tokens is None else max_batch_tokens
         for rows in micro_batches(rollout, budget):
             a, b = coefficients.logp[rows], coefficients.entropy[rows]
@@ -76,9 +80,11 @@ def weighted_gradient(
                 temperature,
                 entropy_dtype,
             )
-            gradients = torch.autograd.grad(logits, list(parameters.values()), by_logits, allow_unused=True)
-            for name, gradient in zip(names, gradients, strict=True):
-                if gradient is not None:
+            gradients = torch.autograd.grad(logits, held, by_logits, allow_unused=True)
+            for name, gradient in zip([*names, *others], gradients, strict=True):
+                if gradient is not None and name in others:
+                    total[others[name].owner] += others[name].onto_owner(gradient)
+                elif gradient is not None:
                     total[name] += gradient
     return total
 

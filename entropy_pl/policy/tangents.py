@@ -19,6 +19,7 @@ from entropy_pl.policy.precision import evaluation, quantized_layers, refuse_qua
 from entropy_pl.policy.score import completion_stats, token_stats
 from entropy_pl.rollout import Rollout, TokenStats
 from entropy_pl.updates.displace import parameters_named
+from entropy_pl.updates.shared import aliased
 from entropy_pl.updates.vector import UpdateVector
 
 Method = Literal["auto", "forward_mode", "central_difference"]
@@ -277,10 +278,12 @@ def _forward_mode(
 ) -> Tangents:
     primal = {name: p.detach() for name, p in parameters_named(model, update.direction).items()}
     tangent = {name: v.to(primal[name]) for name, v in update.direction.items()}
+    others = aliased(model, primal)
 
     def score(part: Rollout) -> tuple[Tensor, ...]:
         def at(theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             caller = _StatsOf(model, part, temperature, dtype)
+            theta = theta | {name: alias.of(theta[alias.owner]) for name, alias in others.items()}
             return functional_call(caller, {f"model.{name}": value for name, value in theta.items()}, ())
 
         (logp, entropy), (logp_dot, entropy_dot) = jvp(at, (primal,), (tangent,))[:2]

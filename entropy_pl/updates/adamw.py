@@ -99,7 +99,7 @@ class AdamMoments:
 
 
 def is_adam_like(optimizer: object) -> bool:
-    """Whether the step is Adam's or AdamW's, with moments kept in full precision."""
+    """Whether it is torch's Adam or AdamW or made of them; whether it steps as they do, the step must show."""
     return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
 
 

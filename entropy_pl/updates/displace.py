@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from entropy_pl.updates.shared import aliased
 from entropy_pl.updates.vector import UpdateVector
 
 
@@ -32,6 +33,7 @@ def parameters_set_to(model: nn.Module, values: Mapping[str, Tensor]) -> Iterato
     """Hold ``values`` in the named parameters; on leaving, even by an error, the very tensors of before are back.
 
     The parameters' storage is exchanged rather than written to, so nothing is rounded or copied on the way back.
+    Parameters that share memory with a named one go with it (:mod:`~entropy_pl.updates.shared`).
 
     Args:
         model: any module.
@@ -45,11 +47,17 @@ def parameters_set_to(model: nn.Module, values: Mapping[str, Tensor]) -> Iterato
     for name, value in values.items():
         if value.shape != parameters[name].shape:
             raise ValueError(f"expected {name} of shape {list(parameters[name].shape)}, got {list(value.shape)}")
-    kept = {name: parameters[name].data for name in values}
+    others = aliased(model, values)
+    owned = {alias.owner: alias for alias in others.values()}
+    parameters |= parameters_named(model, others)
+    kept = {name: parameter.data for name, parameter in parameters.items()}
     try:
         try:
             for name, value in values.items():
-                parameters[name].data = value.to(kept[name].device)
+                value = value.to(kept[name].device)
+                parameters[name].data = owned[name].laid_out(value) if name in owned else value
+            for name, alias in others.items():
+                parameters[name].data = alias.of(parameters[alias.owner].data)
             yield
         finally:
             _put_back(parameters, kept)

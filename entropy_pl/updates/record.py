@@ -2,19 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from entropy_pl.updates.change import Change, Splits, kept_update, lazy_update
+from entropy_pl.updates.change import Change, Splits, Stepped, kept_update, lazy_update, split_in_turn
+from entropy_pl.updates.check import made_or_why_not
 from entropy_pl.updates.displace import parameters_set_to
-from entropy_pl.updates.family import Moments, family_of
-from entropy_pl.updates.split import NextSplitter, check_gradient, update_of
-from entropy_pl.updates.steps import Stepping, inner_optimizer, was_skipped, watch_steps
+from entropy_pl.updates.family import Family, Moments, family_of
+from entropy_pl.updates.shared import Alias, aliases_of
+from entropy_pl.updates.split import NextSplitter, Split, Splitter, check_gradient, update_of
+from entropy_pl.updates.steps import Stepping, holders, parameters_of, stepper_name, was_skipped, watch_steps
 from entropy_pl.updates.vector import UpdateVector
+
+
+@dataclass(eq=False)
+class _Watched:
+    """One of the optimizers, and what is known of its step.
+
+    Args:
+        optimizer: the one that holds the state.
+        names: id → name, of its parameters that are watched.
+        family: the ways to take its step apart.
+        moments: of before the step.
+        absent: why its step cannot be taken apart, in words.
+    """
+
+    optimizer: Any
+    names: Mapping[int, str]
+    family: Family
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    absent: str | None = None
+
+    def keep(self, everything: bool) -> None:
+        """Before the step."""
+        kept, self.absent = made_or_why_not(
+            lambda: self.family.keep(self.optimizer, self.names, everything), stepper_name(self.optimizer)
+        )
+        self.moments = kept or {}
+
+    def rate(self) -> float:
+        """The largest learning rate of its groups that hold something watched."""
+        return max(
+            _rate(group)
+            for group in self.optimizer.param_groups
+            if any(id(parameter) in self.names for parameter in group["params"])
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One optimizer's step, as it stood right after it.
+
+    Args:
+        lr: its largest learning rate.
+        splits: by parameter name, per unit of that rate (of 1, if it is 0).
+        next_splits: of a step with another gradient, likewise.
+        absent: why it cannot be taken apart.
+    """
+
+    lr: float
+    splits: Mapping[str, Splitter] = field(default_factory=dict)
+    next_splits: Mapping[str, NextSplitter] = field(default_factory=dict)
+    absent: str | None = None
+
+
+# Owner of memory → what was stepped on it, one after another: parameter, its splitter, its unit and its place.
+_InTurn = Mapping[str, Sequence[tuple[str, Any, float, Alias | None]]]
 
 
 class UpdateRecorder:
@@ -24,32 +83,47 @@ class UpdateRecorder:
     scheduler moves the learning rate; :func:`record_update` does both. Then :meth:`step_with` tells the step that
     another gradient would have made.
 
+    Of several optimizers the step is what all of them did between the two; call :meth:`took_step` right after each.
+
+    Parameters that share memory (:mod:`~entropy_pl.updates.shared`) are one parameter of the update, by the name of the
+    first: their memory is in v, its norms and its components once. If each of them is stepped, as parameters of their
+    own with gradients of their own, the memory moves by the sum of the steps, and so do its components.
+
     Args:
         model: whose parameters are watched, under their ``named_parameters`` names.
-        optimizer: anything with ``step()`` and ``param_groups``, or a wrapper with such a thing in its ``.optimizer``.
-            Watched are its parameters that belong to the model and require a gradient.
+        optimizer: anything with ``step()`` and ``param_groups``, a wrapper with such a thing in its ``.optimizer``, or
+            several of them. Watched are its parameters that belong to the model and require a gradient.
 
     Raises:
         TypeError: if there is no ``step()`` or no ``param_groups``.
-        ValueError: if the optimizer holds no trainable parameter of the model.
+        ValueError: if an optimizer holds no trainable parameter of the model.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Stepping) -> None:
+    def __init__(self, model: nn.Module, optimizer: Stepping | Sequence[Stepping]) -> None:
         self._model = model
-        self._optimizer = inner_optimizer(optimizer)
-        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) in held}
-        if not self._parameters:
-            raise ValueError(
-                f"expected {type(self._optimizer).__name__} to hold trainable parameters of {type(model).__name__}, "
-                "got none: pass the parameters with requires_grad=True to the optimizer, of this very model object"
-            )
+        given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        name_of = {id(p): n for n, p in trainable.items()}
+        self._watched: list[_Watched] = []
+        for one in given:
+            for inner in holders(one):
+                names_of = {id(p): name_of[id(p)] for p in parameters_of(inner) if id(p) in name_of}
+                if names_of:
+                    self._watched.append(_Watched(inner, names_of, family_of(inner)))
+            if not self._watched or not names_of:
+                raise ValueError(
+                    f"expected {stepper_name(one)} to hold trainable parameters of {type(model).__name__}, "
+                    "got none: pass the parameters with requires_grad=True to the optimizer, of this very model object"
+                )
+        names = {name for watched in self._watched for name in watched.names.values()}
+        held = {n: p for n, p in trainable.items() if n in names}
+        self._aliases = aliases_of(held, held)
+        self._parameters = {n: p for n, p in held.items() if n not in self._aliases}
+        self._steps: dict[int, _Step] = {}
         self._before: dict[str, Tensor] | None = None
-        self._family = family_of(self._optimizer)
-        self._moments: Mapping[str, Moments] = {}
         self._all_moments = False
         self._no_split: str | None = None
-        self._next_splits: Mapping[str, NextSplitter] = {}
+        self._next: _InTurn = {}
         self._update: UpdateVector | None = None
 
     @property
@@ -71,18 +145,47 @@ class UpdateRecorder:
                 step cannot be split has none to keep.
         """
         self._before = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._moments = self._family.keep(self._optimizer, self._names(), moments)
+        for watched in self._watched:
+            watched.keep(moments)
         self._all_moments = moments
-        self._next_splits = {}
+        self._steps = {}
+        self._next = {}
         self._update = None
 
     def bytes(self) -> int:
         """Bytes of the snapshot: θ and the moments kept, in their own dtypes. 0 without a snapshot."""
         theta = sum(value.nbytes for value in (self._before or {}).values())
-        return theta + sum(moments.bytes() for moments in self._moments.values())
+        return theta + sum(kept.bytes() for watched in self._watched for kept in watched.moments.values())
 
-    def read(self, keep: bool = True) -> UpdateVector:
+    def moved(self) -> bool:
+        """Whether a parameter differs from the snapshot.
+
+        Raises:
+            RuntimeError: without a snapshot.
+        """
+        before = self._snapshot()
+        return any(not torch.equal(parameter.detach(), before[n]) for n, parameter in self._parameters.items())
+
+    def took_step(self, optimizer: Stepping) -> None:
+        """One of several optimizers has just stepped: note its learning rate, state and gradients.
+
+        Those that were not noted are taken as they are at :meth:`read`.
+
+        Args:
+            optimizer: one of those given, as it was given.
+        """
+        inner = {id(one) for one in holders(optimizer)}
+        for watched in self._watched:
+            if id(watched.optimizer) in inner:
+                self._steps.pop(id(watched), None)
+                self._steps[id(watched)] = self._taken(watched)
+
+    def read(self, keep: bool = True, *, no_split: str | None = None) -> UpdateVector:
         """Take Δθ/lr_ref in float64, and the components where the optimizer is of Adam's family or torch's SGD.
+
+        Components are there only where they add up to the step, but for rounding
+        (:mod:`~entropy_pl.updates.check`): a step that is not that of the optimizer's base class, or that a wrapper
+        changed, has none, and ``split_absent`` says by how much they miss it.
 
         No movement (a skipped step, a learning rate of zero) gives a direction of zeros. An optimizer without a
         learning rate (Adafactor's own schedule) counts as one of rate 1.
@@ -94,6 +197,7 @@ class UpdateRecorder:
                 steps again or zeroes its gradients in place; that the parameters hold other values for a while
                 (:meth:`at_theta_before`, :func:`~entropy_pl.updates.displace.displaced`) does not disturb it. It
                 keeps the snapshot alive, :meth:`forget` or not.
+            no_split: why the step is not to be split, where the caller knows.
 
         Raises:
             RuntimeError: without a snapshot. From a lazy vector, where it notices that the parameters were written to.
@@ -101,24 +205,26 @@ class UpdateRecorder:
         """
         before = self._snapshot()
         after = {name: parameter.detach() for name, parameter in self._parameters.items()}
-        names = self._names()
-        lr = max(
-            _rate(group)
-            for group in self._optimizer.param_groups
-            if any(id(parameter) in names for parameter in group["params"])
-        )
-        moved = any(not torch.equal(after[name], before[name]) for name in after)
+        # Those noted come first, in the order in which they stepped.
+        order = sorted(self._watched, key=lambda watched: [*self._steps, id(watched)].index(id(watched)))
+        steps = [self._steps.get(id(watched)) or self._taken(watched) for watched in order]
+        lr = max(step.lr for step in steps)
+        moved = self.moved()
         if moved and lr <= 0:
             raise ValueError(f"expected a learning rate > 0 behind a step that moved the parameters, got {lr}")
         change = Change(before, after, {n: tensor._version for n, tensor in after.items()}, lr if moved else None)
-        family, optimizer = self._family, self._optimizer
-        self._no_split = family.why_no_split(optimizer, names)
+        self._no_split = no_split or next((step.absent for step in steps if step.absent), None)
         absent = self._no_split if moved else "the step moved no parameter"
-        splits = None if absent else Splits(before, family.splits(optimizer, names, lr, self._moments, before))
-        if self._all_moments and lr > 0 and not self._no_split:
-            # Now: a scheduler may move the learning rate.
-            self._next_splits = family.next_splits(optimizer, names, lr, self._moments)
+        splits = None
+        if not absent:
+            stepped = self._in_turn([(step.splits, _unit(step) / lr) for step in steps])
+            in_turn = {owner: [Stepped(*rest) for _, *rest in steps_on] for owner, steps_on in stepped.items()}
+            splits = Splits(before, in_turn, lr, " and ".join(stepper_name(w.optimizer) for w in order))
         self._update = (kept_update if keep else lazy_update)(change, splits, lr, absent)
+        if moved:
+            self._no_split = self._update.split_absent
+        if self._all_moments and lr > 0 and not self._no_split:
+            self._next = self._in_turn([(step.next_splits, _unit(step) / lr) for step in steps])
         return self._update
 
     @torch.no_grad()
@@ -128,7 +234,7 @@ class UpdateRecorder:
         At the hyper-parameters and learning rates of the step read last, in float64; optimizer and model are not
         touched. After :meth:`read`, until the next :meth:`snapshot` or :meth:`forget`; also of a step that was left
         out, as a gradient scaler does. The gradients of the step itself give back the update recorded, but for the
-        rounding of θ and what a wrapper of the optimizer did besides.
+        rounding of θ.
 
         Args:
             gradients: parameter name → g of θ's shape, as the optimizer would see it: summed, unscaled, clipped
@@ -152,19 +258,22 @@ class UpdateRecorder:
             raise RuntimeError("the moments of before the step were not kept: call snapshot(moments=True)")
         if lr <= 0:
             raise ValueError(f"expected a step at a learning rate > 0, got {lr}: there is no step per unit of it")
-        unknown = sorted(gradients.keys() - before.keys())
+        unknown = sorted(gradients.keys() - before.keys() - self._aliases.keys())
         if unknown:
             raise ValueError(
                 f"expected gradients of parameters that the optimizer trains, got {unknown[:3]} ({len(unknown)} "
                 "unknown): name them as model.named_parameters() does, and leave frozen ones out"
             )
-        splits = {}
-        for name, theta in before.items():
-            gradient = gradients.get(name)
-            if gradient is not None:
-                check_gradient(name, gradient, theta)
-                gradient = gradient.to(theta.device, torch.float64)
-            splits[name] = self._next_splits[name](gradient, theta, momentum=momentum)
+        splits, thetas = {}, self._thetas()
+        for owner, theta in before.items():
+            in_turn = []
+            for name, split, factor, alias in self._next[owner]:
+                gradient = gradients.get(name)
+                if gradient is not None:
+                    check_gradient(name, gradient, thetas[name])
+                    gradient = gradient.to(theta.device, torch.float64)
+                in_turn.append(Stepped(partial(_with_gradient, split, gradient, momentum), factor, alias))
+            splits[owner] = split_in_turn(in_turn, theta, lr)
         return update_of(splits, lr)
 
     @property
@@ -176,6 +285,11 @@ class UpdateRecorder:
         """
         return self._snapshot()
 
+    @property
+    def names(self) -> set[str]:
+        """The parameters watched, those that share another one's memory among them."""
+        return {*self._parameters, *self._aliases}
+
     def at_theta_before(self) -> AbstractContextManager[None]:
         """The model as it was before the step, for as long as the context lasts."""
         return parameters_set_to(self._model, self._snapshot())
@@ -183,16 +297,56 @@ class UpdateRecorder:
     def forget(self) -> None:
         """Free the snapshot."""
         self._before = None
-        self._moments = {}
-        self._next_splits = {}
+        for watched in self._watched:
+            watched.moments = {}
+        self._steps = {}
+        self._next = {}
 
     def _snapshot(self) -> dict[str, Tensor]:
         if self._before is None:
             raise RuntimeError("no snapshot of the parameters: call snapshot() before optimizer.step()")
         return self._before
 
-    def _names(self) -> dict[int, str]:
-        return {id(parameter): name for name, parameter in self._parameters.items()}
+    def _thetas(self) -> dict[str, Tensor]:
+        """θ of before the step, of parameters that share another one's memory too."""
+        before = self._snapshot()
+        return before | {name: alias.of(before[alias.owner]) for name, alias in self._aliases.items()}
+
+    def _taken(self, watched: _Watched) -> _Step:
+        """What is known of an optimizer's step right after it."""
+        optimizer, names, family = watched.optimizer, watched.names, watched.family
+        lr = watched.rate()
+        absent = watched.absent or family.why_no_split(optimizer, names)
+        if absent:
+            return _Step(lr, absent=absent)
+
+        def made() -> _Step:
+            unit = lr if lr > 0 else 1.0
+            splits = family.splits(optimizer, names, unit, watched.moments, self._thetas())
+            if not self._all_moments:
+                return _Step(lr, splits)
+            # Now: a scheduler may move the learning rate.
+            return _Step(lr, splits, family.next_splits(optimizer, names, unit, watched.moments))
+
+        step, absent = made_or_why_not(made, stepper_name(optimizer))
+        return _Step(lr, absent=absent) if step is None else step
+
+    def _in_turn(self, steps: Sequence[tuple[Mapping[str, Any], float]]) -> _InTurn:
+        """Splitters of several optimizers, each with its unit, by owner of memory."""
+        found: dict[str, list[tuple[str, Any, float, Alias | None]]] = {}
+        for splits, factor in steps:
+            for name, split in splits.items():
+                alias = self._aliases.get(name)
+                found.setdefault(name if alias is None else alias.owner, []).append((name, split, factor, alias))
+        return found
+
+
+def _with_gradient(split: NextSplitter, gradient: Tensor | None, momentum: bool, theta: Tensor) -> Split:
+    return split(gradient, theta, momentum=momentum)
+
+
+def _unit(step: _Step) -> float:
+    return step.lr if step.lr > 0 else 1.0
 
 
 def _rate(group: Mapping[str, Any]) -> float:
@@ -201,16 +355,19 @@ def _rate(group: Mapping[str, Any]) -> float:
 
 
 @contextmanager
-def record_update(model: nn.Module, optimizer: Stepping, *, moments: bool = False) -> Iterator[UpdateRecorder]:
+def record_update(
+    model: nn.Module, optimizer: Stepping | Sequence[Stepping], *, moments: bool = False
+) -> Iterator[UpdateRecorder]:
     """Record the optimizer step taken inside the block.
 
     The step is read the moment it ends, so that a scheduler or ``zero_grad`` in the same block does no harm. A block
-    in which no step happened (a skipped one) records no movement.
+    in which no step happened (a skipped one) records no movement. Of several optimizers the step is that of all of
+    them, one after another, and is read when each has stepped.
 
     Args:
         model: the policy.
         optimizer: whose ``step()`` is called in the block, torch's or not; a wrapper of it serves as well
-            (:func:`~entropy_pl.updates.steps.watch_steps`).
+            (:func:`~entropy_pl.updates.steps.watch_steps`); or several.
         moments: keep the moments of before the step too, for :meth:`UpdateRecorder.step_with`.
 
     Yields:
@@ -218,8 +375,8 @@ def record_update(model: nn.Module, optimizer: Stepping, *, moments: bool = Fals
 
     Raises:
         TypeError: if there is no ``step()`` or no ``param_groups``.
-        ValueError: if the optimizer holds no trainable parameter of the model.
-        RuntimeError: if it stepped more than once.
+        ValueError: if an optimizer holds no trainable parameter of the model.
+        RuntimeError: if it stepped more than once, or if only some of several did.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -230,23 +387,29 @@ def record_update(model: nn.Module, optimizer: Stepping, *, moments: bool = Fals
         >>> recorder.update.lr, recorder.update.direction["bias"].round(decimals=5)
         (0.1, tensor([-1.], dtype=torch.float64))
     """
-    recorder = UpdateRecorder(model, optimizer)
+    several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    recorder = UpdateRecorder(model, several)
     recorder.snapshot(moments)
-    steps = 0
+    taken: list[int] = []
 
-    def after_step() -> None:
-        nonlocal steps
-        if was_skipped(optimizer):
+    def after_step(which: int) -> None:
+        if was_skipped(several[which]):
             return
-        steps += 1
-        if steps > 1:
+        if which in taken:
             raise RuntimeError("expected one optimizer.step() inside record_update, got a second: record each apart")
-        recorder.read()
+        taken.append(which)
+        recorder.took_step(several[which])
+        if len(taken) == len(several):
+            recorder.read()
 
-    watch = watch_steps(optimizer, before=lambda: None, after=after_step)
+    watches = [watch_steps(one, before=lambda: None, after=partial(after_step, i)) for i, one in enumerate(several)]
     try:
         yield recorder
     finally:
-        watch.remove()
-    if not steps:
+        for watch in watches:
+            watch.remove()
+    if taken and len(taken) < len(several):
+        idle = " and ".join(stepper_name(one) for i, one in enumerate(several) if i not in taken)
+        raise RuntimeError(f"expected every optimizer to step inside record_update, got none of {idle}: leave it out")
+    if not taken:
         recorder.read()

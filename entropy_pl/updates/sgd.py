@@ -81,16 +81,8 @@ class MomentumBuffer:
 
 
 def is_sgd(optimizer: object) -> bool:
-    """Whether the step is that of ``torch.optim.SGD``: of a subclass, if it has no ``step`` of its own."""
-    own = torch.optim.SGD
-    return isinstance(optimizer, own) and _unwrapped(type(optimizer).step) is _unwrapped(own.step)
-
-
-def _unwrapped(step: Any) -> Any:
-    """Without what torch puts around it, on the first class of a family that is instantiated: hooks and profiling."""
-    while getattr(step, "__globals__", {}).get("__name__") == "torch.optim.optimizer" and hasattr(step, "__wrapped__"):
-        step = step.__wrapped__
-    return step
+    """Whether it is ``torch.optim.SGD`` or made of it; whether it steps as SGD does, the step must show."""
+    return isinstance(optimizer, torch.optim.SGD)
 
 
 def keep_buffers(
@@ -239,10 +231,14 @@ def _overwrote_gradients(
 
     That is the foreach one, CUDA's default, under ``nesterov`` without decay and ``maximize``
     (torch 2.13: optim/sgd.py, _multi_tensor_sgd). What moved θ tells: Δθ/lr = −(h + x μ b_t), where h is what lies in
-    the gradient's place, has x = 0 then and otherwise 1; x is taken over the whole group, by least squares.
+    the gradient's place, has x = 0 then and otherwise 1; x is taken over the whole group, by least squares. Other
+    kernels are not asked: where θ's rounding is larger than the step, x is next to 0 for them too.
     """
     settings = SGDSettings.of(group)
     if not settings.nesterov or settings.weight_decay or settings.maximize or not settings.lr:
+        return False
+    on_cpu = all(parameter.device.type == "cpu" for parameter in group["params"])
+    if group.get("fused") or not (group.get("foreach") or (group.get("foreach") is None and not on_cpu)):
         return False
     products, squares = 0.0, 0.0
     for parameter in group["params"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any, Protocol
 
@@ -141,6 +141,31 @@ def inner_optimizer(optimizer: object) -> Stepping:
     while _is_optimizer(getattr(inner, "optimizer", None)) and inner.optimizer is not inner:
         inner = inner.optimizer
     return inner
+
+
+def holders(optimizer: object) -> list[Stepping]:
+    """The optimizers that hold parameters and state: the inner one, or those that a stand-in keeps for its parameters.
+
+    Layer-wise optimizers of Transformers (``optim="galore_adamw_layerwise"``) step in the backward pass, one for each
+    parameter, and the run has one in their place that does nothing and keeps them in ``optimizer_dict``.
+
+    Raises:
+        TypeError: if there is no ``step()`` or no ``param_groups``.
+    """
+    inner = inner_optimizer(optimizer)
+    kept = getattr(inner, "optimizer_dict", None)
+    several = [one for one in kept.values() if _is_optimizer(one)] if isinstance(kept, Mapping) else []
+    return several or [inner]
+
+
+def parameters_of(optimizer: Stepping) -> Iterator[Any]:
+    """All that it holds, group by group."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def stepper_name(optimizer: object) -> str:
+    """What it is called, without wrappers."""
+    return type(inner_optimizer(optimizer)).__name__
 
 
 def was_skipped(optimizer: object) -> bool:

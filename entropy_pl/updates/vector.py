@@ -78,6 +78,43 @@ class LazyComponents(Mapping[str, Direction]):
         )
 
 
+@dataclass(frozen=True)
+class SplitSizes:
+    """How large the components are, and what they leave unexplained, ‖v − Σ parts‖/‖v‖."""
+
+    gap: float
+    components: dict[str, float]
+
+
+@dataclass
+class SplitSums:
+    """The sums of squares that :class:`SplitSizes` are made of, one parameter after another."""
+
+    rest: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    squares: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, value: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """Count one parameter in: its direction and its parts. Returns what the parts leave unexplained."""
+        for part, of_part in parts.items():
+            self.squares.setdefault(part, []).append(_dot(of_part, of_part))
+        unexplained = value - sum(parts.values())
+        self.rest.append(_dot(unexplained, unexplained))
+        self.whole.append(_dot(value, value))
+        return unexplained
+
+    @property
+    def parameters(self) -> int:
+        """How many were counted in."""
+        return len(self.whole)
+
+    @property
+    def sizes(self) -> SplitSizes:
+        """Of all of them."""
+        gap = math.sqrt(sum(self.rest)) / max(math.sqrt(sum(self.whole)), torch.finfo(torch.float64).tiny)
+        return SplitSizes(gap, {part: math.sqrt(sum(numbers)) for part, numbers in self.squares.items()})
+
+
 @dataclass(frozen=True, eq=False)
 class UpdateVector:
     """One optimizer step per unit learning rate.
@@ -90,6 +127,8 @@ class UpdateVector:
         preconditioner: P per parameter: the gradient component is −P∘g, with g as in ``parameter.grad``; so P is
             negative under ``maximize``. None where there are no components.
         split_absent: why there are no components, in words. None where there are some, or nobody asked for them.
+        preconditioner_absent: why there is no preconditioner where there are components.
+        sizes: of the components, where they are known already; of a lazy split they are then not computed again.
 
     Any of the directions may be lazy (:class:`LazyDirection`): then a tensor is new at every access. ``norm``, ``dot``,
     ``gap`` and ``component_norms`` take one parameter after another and hold no more than that in float64.
@@ -105,6 +144,8 @@ class UpdateVector:
     components: Mapping[str, Direction] | None = field(default=None, repr=False)
     preconditioner: Direction | None = field(default=None, repr=False)
     split_absent: str | None = field(default=None, repr=False)
+    preconditioner_absent: str | None = field(default=None, repr=False)
+    sizes: SplitSizes | None = field(default=None, repr=False)
 
     def norm(self) -> float:
         """Euclidean norm over all parameters."""
@@ -161,23 +202,26 @@ class UpdateVector:
             direction=_scale(self.direction, factor),
             components=self.components and _scale_parts(self.components, factor),
             preconditioner=self.preconditioner and _scale(self.preconditioner, factor),
+            sizes=None,
         )
 
     def gap(self) -> float | None:
         """What the components leave unexplained: ‖v − Σ parts‖/‖v‖, or None without components."""
         if self.components is None:
             return None
-        rest, whole = [], []
+        if self.sizes is not None:
+            return self.sizes.gap
+        sums = SplitSums()
         for name, value in self.direction.items():
-            unexplained = value - sum(self.parts(name).values())
-            rest.append(_dot(unexplained, unexplained))
-            whole.append(_dot(value, value))
-        return math.sqrt(sum(rest)) / max(math.sqrt(sum(whole)), torch.finfo(torch.float64).tiny)
+            sums.add(value, self.parts(name))
+        return sums.sizes.gap
 
     def component_norms(self) -> dict[str, float] | None:
         """Euclidean norm of every component over all parameters, or None without components."""
         if self.components is None:
             return None
+        if self.sizes is not None:
+            return dict(self.sizes.components)
         squares: dict[str, list[float]] = {part: [] for part in self.components}
         for name in dict.fromkeys(name for part in self.components.values() for name in part):
             for part, value in self.parts(name).items():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from foreign import LR, PROMPTS, ForeignModule, fit, probe
+from foreign import PROMPTS, ForeignModule, fit, probe
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -129,32 +129,6 @@ def test_a_sharded_policy_is_refused_whatever_the_strategy():
     policy.lm_head.weight = nn.Parameter(policy.lm_head.weight.data.as_subclass(DTensor))
     with pytest.raises(ValueError, match=r"the whole policy, got lm_head.weight as a shard: probe a run whose"):
         refuse_sharded(policy, None)
-
-
-def test_which_optimizer_is_watched_can_be_said(tmp_path):
-    class Two(ForeignModule):
-        """Adapters' A and B by optimizers of their own, in turn."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-            optimizer = self.optimizers()[batch_idx % 2]
-            optimizer.zero_grad()
-            self.manual_backward(self.policy(input_ids=batch, labels=batch).loss)
-            optimizer.step()
-
-        def configure_optimizers(self) -> Any:
-            parts = [[p for n, p in self.policy.named_parameters() if kind in n] for kind in ("lora_A", "lora_B")]
-            return [torch.optim.SGD(parts[0], lr=1.0), torch.optim.AdamW(parts[1], lr=LR)]
-
-    message = r"expected one optimizer over .* got 0: SGD with 4; 1: AdamW with 4: say which, optimizer=0"
-    with pytest.raises(MisconfigurationException, match=message):
-        fit(Two(), tmp_path, probe(), gradient_clip_val=None)
-    callback = probe(optimizer=1, every_n_steps=1)
-    fit(Two(), tmp_path, callback, steps=4, gradient_clip_val=None)
-    assert [(r["step"], r["status"], r["lr"]) for r in callback.records] == [(0, "ok", LR), (1, "ok", LR)]
 
 
 def test_what_it_costs_is_said_in_advance(tmp_path, capsys):
