@@ -13,6 +13,7 @@ from torch.func import functional_call, jvp
 
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.attention import BlockwiseAttention
+from entropy_pl.policy.kernels import differentiable_experts
 from entropy_pl.policy.logits import NonFiniteError, compiled_statistics
 from entropy_pl.policy.micro_batches import default_batch_tokens, model_device, over_micro_batches
 from entropy_pl.policy.precision import evaluation, quantized_layers, refuse_quantized
@@ -265,7 +266,7 @@ def _forward_mode(
         return logp, entropy, logp_dot, entropy_dot
 
     # Compiled kernels have no forward-mode derivative either.
-    with BlockwiseAttention(), compiled_statistics(False):
+    with BlockwiseAttention(), differentiable_experts(model), compiled_statistics(False):
         s, h, s1, h1 = over_micro_batches(model, rollout, score, outputs=4, max_batch_tokens=max_batch_tokens)
     mask = rollout.completion_mask.to(s.device)
     return Tangents(TokenStats(s, h, mask), TokenStats(s1, h1, mask), None, "forward_mode")
