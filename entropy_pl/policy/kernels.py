@@ -64,7 +64,7 @@ def _implementation(model: nn.Module, name: str, instead: Callable[[str], str]) 
     """Another choice of kernel in the configurations of all modules, which look there in every forward pass."""
     chosen: dict[int, tuple[Any, str]] = {}
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config = vars(module).get("config")
         kernel = getattr(config, name, None)
         if isinstance(kernel, str):
             chosen.setdefault(id(config), (config, kernel))

@@ -28,7 +28,7 @@ def plain_outputs(model: nn.Module) -> Iterator[None]:
     weights, a tuple in the place of an output with names.
     """
     with ExitStack() as stack:
-        for config in {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values():
+        for config in {id(c): c for c in (vars(m).get("config") for m in model.modules())}.values():
             for name, plain in PLAIN_OUTPUTS.items():
                 held = getattr(config, "__dict__", {})  # past its setters, which check and warn
                 if name in held and held[name] is not plain:
