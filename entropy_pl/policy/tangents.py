@@ -9,10 +9,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.attention import BlockwiseAttention
+from entropy_pl.policy.duals import derivatives
 from entropy_pl.policy.kernels import differentiable_experts
 from entropy_pl.policy.logits import NonFiniteError, compiled_statistics
 from entropy_pl.policy.micro_batches import default_batch_tokens, model_device, over_micro_batches
@@ -262,7 +263,7 @@ def _forward_mode(
             caller = _StatsOf(model, part, temperature, dtype)
             return functional_call(caller, {f"model.{name}": value for name, value in theta.items()}, ())
 
-        (logp, entropy), (logp_dot, entropy_dot) = jvp(at, (primal,), (tangent,))[:2]
+        (logp, entropy), (logp_dot, entropy_dot) = derivatives(at, primal, tangent)
         return logp, entropy, logp_dot, entropy_dot
 
     # Compiled kernels have no forward-mode derivative either.
