@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entropy_pl.policy.causal import refuse_not_causal
 from entropy_pl.registry import did_you_mean
 from entropy_pl.updates.in_backward import may_move_in_backward
 from entropy_pl.updates.steps import holders, parameters_of, stepper_name
@@ -29,8 +30,14 @@ def find_policy(module: nn.Module, path: str | None) -> nn.Module:
     """The Hugging Face or PEFT model of a module: at ``path``, or the only one there is, or the only one trained.
 
     Raises:
-        ValueError: if there is none, more than one, or something else at ``path``.
+        ValueError: if there is none, more than one, something else at ``path``, or no causal language model.
     """
+    policy = _found(module, path)
+    refuse_not_causal(policy)
+    return policy
+
+
+def _found(module: nn.Module, path: str | None) -> nn.Module:
     if path is not None:
         found: Any = module
         for name in path.split("."):

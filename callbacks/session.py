@@ -24,6 +24,7 @@ from entropy_pl.probe import (
     ATTRIBUTION_PASSES,
     EntropyProbe,
     ProbeMemory,
+    dry_run,
     peak_memory,
     probe_memory,
     timed,
@@ -78,8 +79,8 @@ class ProbeSession:
 
     Raises:
         ValueError: if the numbers do not fit each other or the pool, a prompt does not fit the model's context, the
-            policy has no derivative or precision of the kind asked for, or processes have other prompts than their
-            peers.
+            policy has no derivative or precision of the kind asked for or fails in a dry run, or processes have other
+            prompts than their peers.
     """
 
     model: nn.Module
@@ -129,6 +130,15 @@ class ProbeSession:
             )
         self.probe.check(self.model)
         self._prompt_tokens = check_prompts(self.model, self.tokenizer, self.prompts, self.max_new_tokens)
+        self.warnings += dry_run(
+            self.probe,
+            self.model,
+            self.tokenizer,
+            self.prompts,
+            max_new_tokens=self.max_new_tokens,
+            attribution=self.causes.attribution and self.sources.update_batch is not None,
+            peers=self.peers,
+        )
 
     @property
     def armed(self) -> bool:

@@ -24,7 +24,7 @@ from entropy_pl.measurements.training import differences_from_training
 from entropy_pl.measurements.update import MeasuredUpdate, update_from_optimizer, update_from_pair
 from entropy_pl.policy import Checkpoint, checkpoint_weights, decode_completions, load_checkpoint
 from entropy_pl.policy.precision import matmul_precision
-from entropy_pl.probe import ProbeResult, ProbeScores, timed
+from entropy_pl.probe import ProbeResult, ProbeScores, dry_run, timed
 from entropy_pl.progress import progress
 from entropy_pl.reporting import SCHEMA, DetailedLog, MeasuredBatch, Record, config_hash
 from entropy_pl.rollout import Rollout
@@ -76,6 +76,7 @@ class EntropyMeasurements:
         self.settings = (
             config if isinstance(config, MeasurementSettings) else SettingsParser(MeasurementSettings).read(config)
         )
+        self._of_dry_run: list[str] | None = None  # what it found, in sentences
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -121,8 +122,8 @@ class EntropyMeasurements:
             ``tokens_per_second``, ``device``, ``versions``, ``config``, ``config_hash``, ``seed``.
 
         Raises:
-            ValueError: if the output folder holds results of another config, the checkpoint cannot be used, or no
-                estimate can be made.
+            ValueError: if the output folder holds results of another config, the checkpoint cannot be used, a dry run
+                of two completions fails, or no estimate can be made.
             NonFiniteError: if the policy's logits are not finite at a θ+ηv of the sweep: that step was too long.
             OSError: if the output folder or the log's cannot be written to.
         """
@@ -181,6 +182,16 @@ class EntropyMeasurements:
             policy = self.checkpoint.policy
         on_pass("loading")
         with matmul_precision(settings.precision.products):
+            if self._of_dry_run is None:
+                of_a_pair = settings.checkpoint.after_checkpoint_path is not None
+                self._of_dry_run = dry_run(
+                    settings.probe(),
+                    policy.model,
+                    policy.tokenizer,
+                    data.e_prompts,
+                    max_new_tokens=settings.generation.max_new_tokens,
+                    attribution=settings.attribution.enabled and not of_a_pair,
+                )
             update = self._update(data, settings, seconds, on_pass)
             with timed(seconds, "sampling_e", policy.model):
                 rollout = draw_e_batch(policy, data.e_prompts, settings)
@@ -285,6 +296,7 @@ class EntropyMeasurements:
             "G": batch.G,
             "completions_per_prompt": batch.completions_per_prompt,
             **found,
+            "warnings": [*(self._of_dry_run or ()), *found["warnings"]],
             "sweep": sweep_with_seed_keys(found["sweep"]),
             "update": drawn.update.facts,
             "timing": seconds,

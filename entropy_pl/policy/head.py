@@ -34,6 +34,24 @@ def output_head(model: nn.Module) -> Any:
     return head
 
 
+def head_sizes(model: nn.Module) -> tuple[int, int]:
+    """Rows and columns of the output head: V, and d of the hidden states it reads.
+
+    What adapters have put around the layer (trainable tokens, LoRA, a copy that is trained) has not all of a layer's
+    attributes; the innermost layer has.
+
+    Raises:
+        ValueError: if the model is not a Hugging Face language model.
+    """
+    layer = output_head(model)
+    while (inner := getattr(layer, "base_layer", None) or getattr(layer, "original_module", None)) is not None:
+        layer = inner
+    if hasattr(layer, "in_features"):  # a quantized weight has another shape
+        return layer.out_features, layer.in_features
+    rows, columns = layer.weight.shape
+    return rows, columns
+
+
 def head_chunk(vocabulary: int, device_type: str, dtype: torch.dtype) -> int:
     """How many tokens' logits are made at once where not all of them have to be there together."""
     limit = HEAD_CHUNK_BYTES.get(device_type, HEAD_CHUNK_BYTES["cuda"])
@@ -55,7 +73,7 @@ def completion_logit_chunks(model: nn.Module, rollout: Rollout) -> Iterator[Tens
     (``get_decoder``) gets one chunk.
     """
     ids, rows, columns = _packed(rollout)
-    size = head_chunk(output_head(model).weight.shape[0], ids.device.type, torch.get_default_dtype())
+    size = head_chunk(head_sizes(model)[0], ids.device.type, torch.get_default_dtype())
     body = _body(model)
     if len(rows) <= size or body is None:
         yield completion_logits(model, rollout)

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from entropy_pl.policy.kernels import attention_in_any_precision, experts_in
+from entropy_pl.policy.set_aside import nothing_remembered, plain_outputs
+
 MatmulPrecision = Literal["highest", "high", "medium"]
 _MATMUL_PRECISION: ContextVar[MatmulPrecision] = ContextVar("matmul_precision", default="highest")
 
@@ -24,7 +27,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     (TF32 only where `matmul_precision` asks for it.) What trainers wrap around ``forward`` is off: `torch.compile`, and
     the autocast that Accelerate puts inside it, where no outer context reaches; so is what gradient checkpointing hooks
     onto the embeddings. Attention kernels that know half
-    precision only give way to PyTorch's. Modes, tensors and settings are put back to the bit on leaving. Quantized
+    precision only give way to PyTorch's, and so do products of experts. Modes, tensors and settings are put back to the bit on leaving. Quantized
     layers keep their weights and compute in float32. Entering it again inside costs nothing but a walk over the
     modules.
 
@@ -96,7 +99,10 @@ class _Float32BecomesFloat64(TorchFunctionMode):
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for the block; afterwards every module has its own ``training`` flag back.
 
-    ``model.train()`` would not do: parts that were held in eval mode on purpose would start to train.
+    ``model.train()`` would not do: parts that were held in eval mode on purpose would start to train. Nor would
+    ``model.eval()``: it may change more than flags (Transformers exchanges kernels, some adapters merge their weights),
+    and flags are all that is put back. Layers that keep in eval mode what they made of their parameters keep nothing
+    here, and forward passes return logits alone, whatever else the model's configuration asks for.
 
     Args:
         model: any module.
@@ -105,11 +111,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     # In eval mode bitsandbytes' 4-bit layers repack their weights for good on CPUs that know bfloat16: no way back, and
     # no backward either. https://github.com/bitsandbytes-foundation/bitsandbytes, nn/modules.py, Linear4bit.forward
     packing: list[Any] = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
-    model.eval()
     for module in packing:
         module.support_avx512bf16_for_cpu = False
     try:
-        yield
+        with plain_outputs(model), nothing_remembered(model):
+            for module, _ in flags:
+                module.training = False
+            yield
     finally:
         for module, training in flags:
             module.training = training
@@ -124,7 +132,8 @@ def _undisguised(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         evaluation_mode(model),
         own_forward(model),
         _inputs_without_gradient(model),
-        _attention_in_any_precision(model),
+        attention_in_any_precision(model),
+        experts_in(model, dtype),
         _without_autocast(model),
         _at_least(model, dtype),
     ):
@@ -184,25 +193,6 @@ def _inputs_without_gradient(model: nn.Module) -> Iterator[None]:
     finally:
         for hooks, key, hook in kept:
             hooks[key] = hook
-
-
-@contextmanager
-def _attention_in_any_precision(model: nn.Module) -> Iterator[None]:
-    """PyTorch's own attention in the place of kernels that know half precision only (FlashAttention and its like)."""
-    chosen: dict[int, tuple[Any, str]] = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        kernel = getattr(config, "_attn_implementation_internal", None)
-        if kernel not in (None, "eager", "sdpa"):
-            chosen.setdefault(id(config), (config, kernel))
-    supported = all(getattr(module, "_supports_sdpa", True) for module in model.modules())
-    for config, _ in chosen.values():
-        config._attn_implementation_internal = "sdpa" if supported else "eager"
-    try:
-        yield
-    finally:
-        for config, kernel in chosen.values():
-            config._attn_implementation_internal = kernel
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from entropy_pl.policy.head import completion_logit_chunks, completion_logits, emitting_states, output_head
+from entropy_pl.policy.head import completion_logit_chunks, completion_logits, emitting_states, head_sizes
 from entropy_pl.policy.logits import check_finite, chunked_stats, joined, logits_to_stats
 from entropy_pl.policy.micro_batches import model_device, over_micro_batches, parts
 from entropy_pl.policy.precision import evaluation
@@ -140,7 +140,7 @@ def head_inputs(model: nn.Module, rollout: Rollout, *, max_batch_tokens: int | N
         ValueError: if the token budget is not positive.
     """
     device, mask = model_device(model), rollout.completion_mask
-    states = torch.empty(int(mask.sum()), output_head(model).in_features, dtype=torch.float32, device=device)
+    states = torch.empty(int(mask.sum()), head_sizes(model)[1], dtype=torch.float32, device=device)
     # Of each token, how many there are before it: its row in the result.
     place = (mask.flatten().cumsum(0) - 1).view(mask.shape).to(device)
     with evaluation(model), torch.no_grad():

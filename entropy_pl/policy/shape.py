@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from entropy_pl.policy.head import output_head
+from entropy_pl.policy.head import head_sizes
 
 SAVED_HIDDEN, SAVED_INNER = 10, 4  # numbers a layer keeps for its backward pass, per token, in hidden and inner sizes
 BACKWARD = 2  # times that at its peak: as measured, what is kept and about as much on the way back
@@ -45,8 +45,7 @@ class ModelShape:
             ValueError: if the model has no output head.
         """
         config = _text_config(getattr(model, "config", None))
-        head = output_head(model)
-        hidden = head.in_features
+        vocabulary, hidden = head_sizes(model)
         heads = _size(config, "num_attention_heads", 1)
         return cls(
             hidden=hidden,
@@ -55,7 +54,7 @@ class ModelShape:
             heads=heads,
             kv_heads=_size(config, "num_key_value_heads", heads),
             head_size=_size(config, "head_dim", hidden // heads),
-            vocabulary=head.weight.shape[0],
+            vocabulary=vocabulary,
             fused=getattr(config, "_attn_implementation", None) != "eager",
         )
 

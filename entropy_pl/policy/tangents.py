@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.attention import BlockwiseAttention
+from entropy_pl.policy.duals import derivatives
+from entropy_pl.policy.kernels import differentiable_experts
 from entropy_pl.policy.logits import NonFiniteError, compiled_statistics
 from entropy_pl.policy.micro_batches import default_batch_tokens, model_device, over_micro_batches
 from entropy_pl.policy.precision import evaluation, quantized_layers, refuse_quantized
@@ -286,11 +288,11 @@ def _forward_mode(
             theta = theta | {name: alias.of(theta[alias.owner]) for name, alias in others.items()}
             return functional_call(caller, {f"model.{name}": value for name, value in theta.items()}, ())
 
-        (logp, entropy), (logp_dot, entropy_dot) = jvp(at, (primal,), (tangent,))[:2]
+        (logp, entropy), (logp_dot, entropy_dot) = derivatives(at, primal, tangent)
         return logp, entropy, logp_dot, entropy_dot
 
     # Compiled kernels have no forward-mode derivative either.
-    with BlockwiseAttention(), compiled_statistics(False):
+    with BlockwiseAttention(), differentiable_experts(model), compiled_statistics(False):
         s, h, s1, h1 = over_micro_batches(model, rollout, score, outputs=4, max_batch_tokens=max_batch_tokens)
     mask = rollout.completion_mask.to(s.device)
     return Tangents(TokenStats(s, h, mask), TokenStats(s1, h1, mask), None, "forward_mode")

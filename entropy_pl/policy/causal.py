@@ -1,0 +1,32 @@
+"""Which models can be a policy at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def refuse_not_causal(model: nn.Module) -> None:
+    """Refuse a model that does not write text from left to right, token by token, with a probability for each.
+
+    Args:
+        model: a Hugging Face model, PEFT or plain.
+
+    Raises:
+        ValueError: for an encoder-decoder, a model without a vocabulary head, and one that does not generate.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        why = "an encoder-decoder, in which a prompt and its completion are not one text"
+    elif getattr(base, "get_output_embeddings", lambda: None)() is None:
+        why = "which has no vocabulary head (a classifier, a reward or value model, the body of a language model)"
+    elif not getattr(base, "can_generate", lambda: False)():
+        why = "which does not generate (a masked language model)"
+    else:
+        return
+    raise ValueError(
+        f"expected a policy that is a causal language model, got {type(base).__name__}, {why}: a causal language model "
+        "is needed, for the entropy measured is that of completions it writes itself. Name the policy where it is "
+        "another part of the run, or leave the probe out"
+    )
