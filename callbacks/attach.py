@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -24,6 +24,20 @@ NOT_ONE_DEVICE = (
     "probe a run whose processes each hold the whole policy (one device, or DDP), or measure between two saved "
     "checkpoints of this one: entropy-pl measure with checkpoint.checkpoint_path and checkpoint.after_checkpoint_path"
 )
+
+NEUTRAL: dict[str, tuple[float, ...]] = {
+    "top_p": (1,),
+    "top_k": (0, -1),  # both mean all: Transformers', vLLM's
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "no_repeat_ngram_size": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+}
+"""Options of sampling that change the distribution, and the values with which they do not."""
 
 
 def find_policy(module: nn.Module, path: str | None) -> nn.Module:
@@ -161,6 +175,29 @@ def find_optimizers(optimizers: Sequence[Any], policy: nn.Module, which: int | l
             f"{found or 'no optimizer'}: {advice}"
         )
     return [optimizers[holding[0]]]
+
+
+def truncated_sampling(owners: Sequence[Any], temperature: float) -> str | None:
+    """That the run samples from another distribution than the probe measures, as a sentence; None where it does not.
+
+    Args:
+        owners: mappings and objects that may have the run's options of sampling; of each option, the first that has it
+            is right.
+        temperature: the probe's.
+    """
+    found: dict[str, float] = {}
+    for owner in owners:
+        for name in NEUTRAL:
+            value = owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found.setdefault(name, value)
+    options = ", ".join(f"{name}={value:g}" for name, value in found.items() if value not in NEUTRAL[name])
+    if not options:
+        return None
+    return (
+        f"the run samples with {options}, the probe without: entropy, ΔH and δH₁ are those of the policy's whole "
+        f"distribution at temperature {temperature:g}, not of the truncated one that the run's completions come from"
+    )
 
 
 def refuse_sharded(policy: nn.Module, what: str | None) -> None:

@@ -13,15 +13,17 @@ from typing import Any, Literal
 from torch import nn
 from tqdm import tqdm
 
-from entropy_pl.callbacks.attach import check_which
+from entropy_pl.callbacks.attach import check_which, truncated_sampling
 from entropy_pl.callbacks.causes import Causes, RunSources
 from entropy_pl.callbacks.prompts import DEFAULT_COLUMN, count_common
+from entropy_pl.callbacks.rendering import Prompt, Rendering
 from entropy_pl.callbacks.session import ProbeSession, check_numbers
 from entropy_pl.callbacks.sinks import Sink, publish, summarize, whatever_happens
 from entropy_pl.estimators import Baseline
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.tangents import Method
+from entropy_pl.policy.vocabulary import foreign_tokenizer
 from entropy_pl.probe import EntropyProbe, Precision
 from entropy_pl.progress import progress
 from entropy_pl.reporting import (
@@ -71,7 +73,8 @@ class ProbeDoor:
     Args:
         prompts: E prompts: strings ready for the tokenizer, chats (lists of messages, which go through its chat
             template), a dataset with a column of either, or the path of a JSON-lines, CSV or Parquet file with one.
-            None takes the run's own E split, where it has one.
+            None takes the run's own E split, where it has one. They become tokens as the run's do, where it can be
+            asked; else strings get the tokenizer's special tokens, and chats those that the template writes.
         num_sequences: N, completions in the E-batch. The error bars shrink as 1/sqrt(N), the cost grows as N.
         completions_per_prompt: how many of them share a prompt; error bars are then clustered by prompt.
         every_n_steps: distance between probed steps; 0 turns the probe off.
@@ -229,15 +232,17 @@ class ProbeDoor:
         self,
         policy: nn.Module,
         tokenizer: Any,
-        prompts: list[str],
+        prompts: Sequence[str | Prompt],
         temperature: float | None = None,
         max_new_tokens: int | None = None,
         peers: Peers = ALONE,
         sources: RunSources | None = None,
+        sampling: Sequence[Any] = (),
     ) -> ProbeSession:
         """The probing of one run; ``temperature`` and ``max_new_tokens`` are the run's, used where none was given.
 
-        So are the ``sources``' rewards.
+        So are the ``sources``' rewards. ``sampling`` may have options by which the run samples from a truncated
+        distribution (:func:`entropy_pl.callbacks.attach.truncated_sampling`).
 
         Raises:
             ValueError: if the options do not fit the prompts, or the prompts the policy (Lightning's
@@ -246,11 +251,12 @@ class ProbeDoor:
         temperatures = (self._temperature, temperature, 1.0)
         sources = RunSources() if sources is None else sources
         with self._refusing():
-            return ProbeSession(
+            probe = EntropyProbe(**self._options, temperature=next(t for t in temperatures if t is not None))
+            session = ProbeSession(
                 policy,
                 tokenizer,
-                prompts,
-                EntropyProbe(**self._options, temperature=next(t for t in temperatures if t is not None)),
+                Rendering(tokenizer).encoded(prompts),
+                probe,
                 max_new_tokens=self._max_new_tokens or max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
                 peers=peers,
                 causes=self._causes,
@@ -259,6 +265,9 @@ class ProbeDoor:
                 else replace(sources, rewards=self._reward_of, rewards_take_ids=False),
                 **self._sampling,
             )
+            doubts = (foreign_tokenizer(policy, tokenizer), truncated_sampling(sampling, probe.temperature))
+            session.warnings.extend(doubt for doubt in doubts if doubt is not None)
+            return session
 
     @property
     def records_path(self) -> Path | None:
@@ -302,18 +311,25 @@ class ProbeDoor:
             causes = session.causes
             for sink in self._sinks:
                 sink.prepare(session.sources.rewards is not None, causes.counterfactuals)
+            for sentence in session.warnings:
+                warnings.warn(sentence, stacklevel=2)
             with whatever_happens("say what a probe will take"):
                 tqdm.write(self._announcement(session))  # on a line of its own, whatever bars there are
         self._handle = StepsTogether(
             found.optimizers, self._before_step, session.took_step, self._after_step, session.disarm
         )
 
-    def _note_update_prompts(self, update_prompts: Any) -> None:
+    def _note_update_prompts(self, update_prompts: Any, rendering: Rendering | None = None) -> None:
         """Count the E prompts that the run trains on, warn of them, and say so in every record."""
         session = self._session
         if session is None:
             return
-        session.prompts_in_u = count_common(session.prompts, update_prompts, session.tokenizer, self._prompt_column)
+        session.prompts_in_u = count_common(
+            [prompt.text for prompt in session.prompts],
+            update_prompts,
+            Rendering(session.tokenizer) if rendering is None else rendering,
+            self._prompt_column,
+        )
         if session.prompts_in_u and session.peers.rank == 0:
             warnings.warn(
                 f"{session.prompts_in_u} of {len(session.prompts)} E prompts are prompts that this run trains on: the "

@@ -137,6 +137,7 @@ class EntropyProbeCallback(ProbeDoor, Callback):
             getattr(pl_module, "max_new_tokens", None),
             peers,
             self._sources(trainer, pl_module),
+            _sampling_options(pl_module),
         )
         optimizers = find_optimizers(trainer.optimizers, policy, self._optimizer)
         return Attachment(session, optimizers, self.directory(trainer), lambda: _sinks(trainer.loggers))
@@ -219,6 +220,12 @@ def _sinks(loggers: Sequence[Logger]) -> list[Sink]:
 def _sharding(trainer: Trainer) -> str | None:
     """The strategy, unless it is known to leave the policy whole in every process."""
     return None if holds_whole_policy(trainer.strategy) else type(trainer.strategy).__name__
+
+
+def _sampling_options(module: LightningModule) -> list[Any]:
+    """Where a module may keep how it samples."""
+    kept = (getattr(module, name, None) for name in ("generation_kwargs", "generation_config", "hparams"))
+    return [module, *(options for options in kept if options is not None)]
 
 
 def _update_prompts(trainer: Trainer) -> Any:

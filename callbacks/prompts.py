@@ -1,4 +1,4 @@
-"""E prompts in whatever form a run keeps them, as texts ready for the tokenizer."""
+"""E prompts in whatever form a run keeps them: read, rendered, and found among those it trains on."""
 
 from __future__ import annotations
 
@@ -9,26 +9,41 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from entropy_pl.callbacks.rendering import Prompt, Rendering, is_chat
 from entropy_pl.policy.rng import isolated_rng
+
+__all__ = [
+    "DEFAULT_COLUMN",
+    "Prompt",
+    "PromptRows",
+    "Rendering",
+    "count_common",
+    "find_prompts",
+    "fingerprint",
+    "given_or_kept",
+    "is_chat",
+    "prompt_texts",
+    "prompts_in",
+    "read_prompts",
+    "row_of",
+]
 
 DEFAULT_COLUMN = "prompt"
 
 
-def prompt_texts(prompts: Any, tokenizer: PreTrainedTokenizerBase, column: str = DEFAULT_COLUMN) -> list[str]:
-    """The texts that a policy is given to complete.
+def prompts_in(prompts: Any, column: str = DEFAULT_COLUMN) -> list[Any]:
+    """The prompts of a set of them: strings and chats, neither rendered nor encoded.
 
     Args:
-        prompts: strings; chats (lists of messages, dicts with ``role`` and ``content``), which go through the
-            tokenizer's chat template, up to where the assistant's turn begins; rows (dicts) that hold either in
-            ``column``; a dataset with such a column, or the path of a file with one: JSON lines, CSV or Parquet.
-        tokenizer: whose chat template is meant.
+        prompts: strings; chats (lists of messages, dicts with ``role`` and ``content``); rows (dicts) that hold either
+            in ``column``; a dataset with such a column, or a dict of one such; or the path of a file with one: JSON
+            lines, CSV or Parquet.
         column: of a dataset, or of rows.
 
     Raises:
-        ValueError: for something else, no such column, or a chat without a template.
+        ValueError: for something else, or no such column.
         FileNotFoundError: if there is no such file.
     """
     prompts = read_prompts(prompts)
@@ -49,40 +64,75 @@ def prompt_texts(prompts: Any, tokenizer: PreTrainedTokenizerBase, column: str =
         raise ValueError(
             f"expected a column {column!r} in the dataset of prompts, got {list(columns)}: prompt_column='...'"
         )
-    return [_text(prompt, index, tokenizer, column) for index, prompt in enumerate(rows)]
+    return [_of_row(row, index, column) for index, row in enumerate(rows)]
 
 
-def find_prompts(given: Any, kept: Any, tokenizer: PreTrainedTokenizerBase, column: str) -> list[str]:
+def prompt_texts(prompts: Any, tokenizer: PreTrainedTokenizerBase, column: str = DEFAULT_COLUMN) -> list[str]:
+    """The texts that a policy is given to complete.
+
+    Args:
+        prompts: as for :func:`prompts_in`; chats go through the chat template, up to where the assistant's turn begins.
+        tokenizer: whose chat template is meant.
+        column: of a dataset, or of rows.
+
+    Raises:
+        ValueError: as :func:`prompts_in`, or for a chat that cannot be rendered.
+        FileNotFoundError: if there is no such file.
+    """
+    rendering = Rendering(tokenizer)
+    return [rendering.text(prompt, index) for index, prompt in enumerate(prompts_in(prompts, column))]
+
+
+def find_prompts(given: Any, kept: Any, tokenizer: PreTrainedTokenizerBase, column: str) -> list[Prompt]:
     """The prompts given, or else those that the run keeps for evaluation.
 
     Raises:
         ValueError: if there are none, or as :func:`prompt_texts`.
     """
-    return prompt_texts(given_or_kept(given, kept), tokenizer, column)
+    with isolated_rng():  # a dataset may transform its rows at random
+        return Rendering(tokenizer).prompts(prompts_in(given_or_kept(given, kept), column))
 
 
 def given_or_kept(given: Any, kept: Any) -> Any:
-    """The prompts given, or else those that the run keeps for evaluation, in the form they have.
+    """The prompts given, or else those that the run keeps for evaluation: a file read, of a dict the one set in it.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, or several sets.
+        FileNotFoundError: if there is no such file.
     """
     if given is None and kept is None:
         raise ValueError(
             "expected E prompts, got none: give prompts=, strings, chats or a dataset that the run does not train on, "
             "or let the run keep some, as e_prompts of its datamodule or eval_dataset of its trainer"
         )
-    return kept if given is None else given
+    if given is None:
+        return read_prompts(kept, "the run's evaluation data (its trainer's eval_dataset)", "eval_dataset")
+    return read_prompts(given)
 
 
-def read_prompts(prompts: Any) -> Any:
-    """The dataset in the file, where prompts are the path of one; anything else as it is.
+def read_prompts(prompts: Any, whose: str = "prompts", name: str = "data") -> Any:
+    """The dataset in the file, where prompts are the path of one; the one set in a dict of one; else as it is.
+
+    Args:
+        prompts: in any form.
+        whose: they are, for messages.
+        name: of them in code, for messages.
 
     Raises:
-        ValueError: for a file of another kind.
+        ValueError: for a file of another kind, or a dict of several sets.
         FileNotFoundError: if there is no such file.
     """
-    return _read(os.fspath(prompts)) if isinstance(prompts, str | os.PathLike) else prompts
+    if isinstance(prompts, str | os.PathLike):
+        return _read(os.fspath(prompts))
+    if not isinstance(prompts, Mapping) or any(isinstance(part, str | Mapping) for part in prompts.values()):
+        return prompts
+    if len(prompts) != 1:  # as of a DatasetDict: which of them is meant, only the user knows
+        first = next(iter(prompts), "...")
+        raise ValueError(
+            f"expected one set of E prompts, got {whose} as a {type(prompts).__name__} of {len(prompts)} "
+            f"({', '.join(map(str, prompts))}): say which, prompts={name}[{first!r}]"
+        )
+    return next(iter(prompts.values()))
 
 
 class PromptRows:
@@ -113,23 +163,26 @@ class PromptRows:
         return row
 
     def _row(self, place: int) -> dict[str, Any]:
-        row = self._prompts[place]
-        if not isinstance(row, Mapping):
-            return {DEFAULT_COLUMN: row}
-        return {**row, DEFAULT_COLUMN: row[self._column]}
+        return row_of(self._prompts, place, self._column)
 
 
-def count_common(
-    prompts: Sequence[str], update_prompts: Any, tokenizer: PreTrainedTokenizerBase, column: str
-) -> int | None:
+def row_of(prompts: Any, place: int, column: str) -> dict[str, Any]:
+    """The row of a set of prompts, its prompt as ``prompt``; of a prompt without a row, that alone."""
+    row = prompts[place]
+    if not isinstance(row, Mapping):
+        return {DEFAULT_COLUMN: row}
+    return {**row, DEFAULT_COLUMN: row[column]}
+
+
+def count_common(prompts: Sequence[str], update_prompts: Any, rendering: Rendering, column: str) -> int | None:
     """How many of the E prompts are U prompts too; None where the run's data does not tell its prompts.
 
     A text that only begins with the prompt counts: supervised data holds prompt and answer in one.
 
     Args:
         prompts: E, as texts.
-        update_prompts: whatever the run trains on: anything :func:`prompt_texts` understands, or something else.
-        tokenizer: of the policy.
+        update_prompts: whatever the run trains on: anything :func:`prompts_in` understands, or something else.
+        rendering: that made the texts.
         column: of a dataset.
     """
     table = hasattr(update_prompts, "column_names") and hasattr(update_prompts, "__len__")
@@ -137,7 +190,8 @@ def count_common(
         return None  # a stream, or rows made as they are asked for: reading it would be felt by the run
     try:
         with isolated_rng():  # a dataset may transform its rows at random
-            learnt = sorted(prompt_texts(update_prompts, tokenizer, column))
+            raw = prompts_in(update_prompts, column)
+            learnt = sorted(rendering.text(prompt, index) for index, prompt in enumerate(raw))
     except Exception:  # tensors of tokens, say; whatever it is, it is the run's own business
         return None
     following = ((prompt, bisect_left(learnt, prompt)) for prompt in prompts)  # texts it begins are next in order
@@ -164,38 +218,9 @@ def _read(path: str) -> Any:
     return load_dataset(kind, data_files=path, split="train")
 
 
-def _text(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase, column: str) -> str:
+def _of_row(prompt: Any, index: int, column: str) -> Any:
     if isinstance(prompt, Mapping) and "role" not in prompt:
         if column not in prompt:
             raise ValueError(f"expected {column!r} in every row of prompts, row {index} has {list(prompt)}")
-        prompt = prompt[column]
-    if isinstance(prompt, str):
-        return prompt
-    if not is_chat(prompt):
-        raise ValueError(
-            f"expected prompt {index} as a string or a chat, [{{'role': ..., 'content': ...}}, ...], got "
-            f"{type(prompt).__name__}"
-        )
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"expected a tokenizer with a chat template for the chat in prompt {index}, got {type(tokenizer).__name__} "
-            "without one: set tokenizer.chat_template, or give prompts as strings"
-        )
-    continued = prompt[-1]["role"] == "assistant"  # the policy goes on with what is there of its turn
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                prompt, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
-            )
-        )
-    except TemplateError as error:
-        raise ValueError(f"expected a chat that the tokenizer's template takes, got prompt {index}: {error}") from error
-
-
-def is_chat(prompt: Any) -> bool:
-    """Whether it is a list of messages, each with a role and a content."""
-    return (
-        isinstance(prompt, Sequence)
-        and len(prompt) > 0
-        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in prompt)
-    )
+        return prompt[column]
+    return prompt

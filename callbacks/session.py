@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_pl.callbacks.causes import Causes, CausesOfStep, RunSources
-from entropy_pl.callbacks.prompts import fingerprint
+from entropy_pl.callbacks.prompts import Prompt, fingerprint
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.micro_batches import model_device
 from entropy_pl.policy.rng import derived_seed, isolated_rng
@@ -85,7 +85,7 @@ class ProbeSession:
 
     model: nn.Module
     tokenizer: Any
-    prompts: list[str]
+    prompts: list[Prompt]
     probe: EntropyProbe
     num_sequences: int = 256
     completions_per_prompt: int = 1
@@ -114,7 +114,8 @@ class ProbeSession:
     """Sentences about the run itself that a reader of any of its records must know; every record repeats them."""
 
     def __post_init__(self) -> None:
-        self.peers.agree("the E prompts", fingerprint(self.prompts))  # first: what follows is then the same for all
+        # first: what follows is then the same for all
+        self.peers.agree("the E prompts", fingerprint(prompt.text for prompt in self.prompts))
         check_numbers(self.num_sequences, self.completions_per_prompt)
         needed = self._prompts_needed
         if len(self.prompts) < needed:
@@ -123,18 +124,19 @@ class ProbeSession:
                 f"{self.completions_per_prompt}), got {len(self.prompts)}: give more prompts, lower num_sequences, or "
                 "raise completions_per_prompt"
             )
-        if len(set(self.prompts)) < 2:
+        if len({prompt.ids for prompt in self.prompts}) < 2:
             raise ValueError(
                 f"expected at least 2 different E prompts, got {len(self.prompts)} times the same: completions of one "
                 "prompt are one cluster, which has no error bar. Give other prompts too"
             )
         self.probe.check(self.model)
-        self._prompt_tokens = check_prompts(self.model, self.tokenizer, self.prompts, self.max_new_tokens)
+        begun = [prompt.ids for prompt in self.prompts]
+        self._prompt_tokens = check_prompts(self.model, self.tokenizer, begun, self.max_new_tokens)
         self.warnings += dry_run(
             self.probe,
             self.model,
             self.tokenizer,
-            self.prompts,
+            begun,
             max_new_tokens=self.max_new_tokens,
             attribution=self.causes.attribution and self.sources.update_batch is not None,
             peers=self.peers,
@@ -310,7 +312,7 @@ class ProbeSession:
             record["overhead"] = self._probing / max(now - self._begun - self._probing, 1e-9)
         return record
 
-    def e_prompts(self, step: int) -> list[str]:
+    def e_prompts(self, step: int) -> list[Prompt]:
         """The E prompts of a step: one seeded choice for the run, or one per step."""
         stream = random.Random(f"{self.seed}, step {step}" if self.resample_prompts else f"{self.seed}")
         return stream.sample(self.prompts, self._prompts_needed)
@@ -318,7 +320,7 @@ class ProbeSession:
     def _record(self, step: int, status: str) -> Record:
         prompts = {
             "count": self._prompts_needed,
-            "sha256": fingerprint(self.e_prompts(step)),
+            "sha256": fingerprint(prompt.text for prompt in self.e_prompts(step)),
             "in_u": self.prompts_in_u,
         }
         return {
@@ -415,8 +417,8 @@ class ProbeSession:
         return self.num_sequences // self.completions_per_prompt
 
     def _own_prompts(self, step: int) -> list[str]:
-        """Of every completion of this process's share."""
-        return [p for p in self.peers.share(self.e_prompts(step)) for _ in range(self.completions_per_prompt)]
+        """Their texts, of every completion of this process's share."""
+        return [p.text for p in self.peers.share(self.e_prompts(step)) for _ in range(self.completions_per_prompt)]
 
     def _draw(self, step: int) -> Rollout:
         """This process's share of the E-batch."""
@@ -428,7 +430,7 @@ class ProbeSession:
             return sample_completions(
                 self.model,
                 self.tokenizer,
-                prompts,
+                [prompt.ids for prompt in prompts],
                 num_completions=self.completions_per_prompt,
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.probe.temperature,

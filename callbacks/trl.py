@@ -18,9 +18,11 @@ from entropy_pl.attribution import UpdateBatch
 from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizers, find_policy, find_tokenizer, refuse_sharded
 from entropy_pl.callbacks.causes import RunSources
 from entropy_pl.callbacks.door import Attachment, ProbeDoor
-from entropy_pl.callbacks.prompts import PromptRows, given_or_kept, prompt_texts, read_prompts
+from entropy_pl.callbacks.prompts import PromptRows, given_or_kept
+from entropy_pl.callbacks.rendering import Rendering
 from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
 from entropy_pl.callbacks.trl_batch import SCORING, StepCapture
+from entropy_pl.callbacks.trl_prompts import TrainerPrompts
 from entropy_pl.callbacks.trl_rewards import TrainerRewards
 from entropy_pl.peers import Peers
 
@@ -70,6 +72,7 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
         self._has_warned = False
         self._writer_of_our_own: SummaryWriter | None = None
         self._capture: StepCapture | None = None
+        self._rendering: Rendering | None = None
 
     def directory(self, args: TrainingArguments) -> Path:
         """Where records and figures go."""
@@ -102,22 +105,27 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
                     f"expected a run that trains, got trainer.train() without a step to take: {NOT_TRAINING}"
                 )
             tokenizer = find_tokenizer(processing_class if self._tokenizer is None else self._tokenizer, [])
-            prompts = read_prompts(given_or_kept(self._prompts, getattr(self._trainer, "eval_dataset", None)))
-            texts = prompt_texts(prompts, tokenizer, self._prompt_column)
+            trainer, column = self._trainer, self._prompt_column
+            given = given_or_kept(self._prompts, getattr(trainer, "eval_dataset", None))
+            rendering = TrainerPrompts(trainer, args, processing_class, tokenizer)
+            prompts = rendering.prompts(given, column)
+            self._rendering = rendering.rendering
             session = self.session_for(
                 policy,
                 tokenizer,
-                texts,
+                prompts,
                 getattr(args, "temperature", None),
                 getattr(args, "max_completion_length", None),
                 peers,
-                self._sources(tokenizer, PromptRows(prompts, texts, self._prompt_column)),
+                self._sources(tokenizer, PromptRows(given, [prompt.text for prompt in prompts], column)),
+                [getattr(args, "generation_kwargs", None) or {}, args],
             )
+            session.warnings.extend(rendering.warnings)
             watched = find_optimizers([optimizer], policy, self._optimizer)
             return Attachment(session, watched, self.directory(args), lambda: self._find_sinks(args, state, control))
 
         self._attach(find)
-        self._note_update_prompts(getattr(train_dataloader, "dataset", None))
+        self._note_update_prompts(getattr(train_dataloader, "dataset", None), self._rendering)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Note which of the rewards that the trainer keeps are of steps before; keep what a step to be probed is of."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 # Four special tokens first, then one token per character, and nothing for a character that is not among them.
@@ -20,6 +21,13 @@ def build_tokenizer(characters: str = CHARACTERS, **special: str | None) -> PreT
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, **({"pad_token": "<pad>", "eos_token": "<eos>", "padding_side": "left"} | special)
     )
+
+
+def with_special_tokens(tokenizer: PreTrainedTokenizerFast, single: str) -> PreTrainedTokenizerFast:
+    """The tokenizer, which now adds special tokens to a text: ``single`` is ``"<bos> $A"``, as Llama's, or the like."""
+    special = [(token, SPECIAL_TOKENS.index(token)) for token in single.split() if token != "$A"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    return tokenizer
 
 
 def build_model(seed: int = 0, logit_scale: float = 1.0, **config: object) -> Qwen2ForCausalLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +29,7 @@ from entropy_pl.policy.adapter import attach_lora, resume_adapter, trainable_par
 from entropy_pl.policy.backbones import ModelLocation, locate_backbone
 from entropy_pl.policy.settings import Dtype, LoraSettings, PolicySettings, Quantization
 from entropy_pl.policy.stored import named
+from entropy_pl.policy.vocabulary import foreign_tokenizer
 
 _DEFAULT_LORA = LoraSettings()
 
@@ -79,6 +81,9 @@ def load_policy(
     Returns:
         Model and tokenizer, which unpack as a pair.
 
+    Warns:
+        UserWarning: if the tokenizer looks like another model's.
+
     Raises:
         ValueError: if the name means nothing, settings exclude each other, weights or tokens are missing, the adapter
             does not fit, nothing would be trainable, or the model needs code of its own or names a hub's kernel.
@@ -113,6 +118,9 @@ def load_policy(
             f"expected the tokenizer of {location.source} to have at most as many tokens as the model embeds, got "
             f"{tokenizer.vocab_size} tokens and {embeddings} embeddings: they do not belong together"
         )
+    doubt = foreign_tokenizer(model, tokenizer)
+    if doubt is not None:
+        warnings.warn(doubt, stacklevel=2)
     if quantization_config is not None:
         # Freezes the base, casts what stays in 16 bits (norms, head) to float32. Checkpointing is a choice of its own.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

@@ -7,7 +7,7 @@ sampling habits of their own (Qwen2.5's ``generation_config.json`` brings ``top_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -45,7 +45,7 @@ def default_rows(device: torch.device) -> int:
 def sample_completions(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     num_completions: int = 1,
     max_new_tokens: int = 128,
@@ -65,7 +65,8 @@ def sample_completions(
     Args:
         model: the policy, its adapter on or off as it is; sampled in eval mode.
         tokenizer: of the policy; a BOS token is added where the tokenizer adds one and the text does not have it.
-        prompts: texts, in the order wanted. Internally they are batched by length, the longest first.
+        prompts: texts, or token ids to begin with as they are, in the order wanted. Internally they are batched by
+            length, the longest first.
         num_completions: G, completions per prompt.
         max_new_tokens: largest number of tokens T in a completion.
         temperature: divides the logits.
@@ -84,9 +85,9 @@ def sample_completions(
     """
     _check_arguments(prompts, num_completions, max_new_tokens, temperature, top_p, top_k, batch_size)
     generator = _generating_model(model)
-    prompt_tokens = _tokenize(tokenizer, prompts)
-    _check_tokens(generator, prompt_tokens)
-    _check_context(generator, prompt_tokens, max_new_tokens)
+    begun = prompt_tokens(tokenizer, prompts)
+    _check_tokens(generator, begun)
+    _check_context(generator, begun, max_new_tokens)
 
     ends = end_token_ids(model, tokenizer)
     pad = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
@@ -100,7 +101,7 @@ def sample_completions(
         pad_token_id=pad,
         use_cache=True,
     )
-    rows = [tokens for tokens in prompt_tokens for _ in range(num_completions)]
+    rows = [tokens for tokens in begun for _ in range(num_completions)]
     by_length = sorted(
         range(len(rows)), key=lambda row: -len(rows[row])
     )  # the longest first: memory runs out at once or not
@@ -139,7 +140,10 @@ def sample_completions(
 
 
 def check_prompts(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Sequence[int]],
+    max_new_tokens: int,
 ) -> int:
     """Refuse prompts that :func:`sample_completions` would refuse, before anything is sampled.
 
@@ -150,10 +154,40 @@ def check_prompts(
         ValueError: if a prompt has no token or one the model does not know, or prompt and completion do not fit its
             context.
     """
-    tokens, generator = _tokenize(tokenizer, prompts), _generating_model(model)
+    tokens, generator = prompt_tokens(tokenizer, prompts), _generating_model(model)
     _check_tokens(generator, tokens)
     _check_context(generator, tokens, max_new_tokens)
     return max(map(len, tokens))
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+    """The token ids that a completion of each prompt follows: of a text the tokenizer's, else the ids as they are.
+
+    Args:
+        tokenizer: the policy's; it adds the special tokens that it adds to any text, but no second BOS.
+        prompts: texts, or token ids.
+
+    Returns:
+        A list of ids for each prompt.
+
+    Raises:
+        ValueError: if a prompt has no token.
+    """
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(tokenizer(texts, return_attention_mask=False)["input_ids"] if texts else ())
+    bos = tokenizer.bos_token_id
+    found: list[list[int]] = []
+    for index, prompt in enumerate(prompts):
+        ids = next(encoded) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str) and bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]  # a template wrote BOS into the text, and the tokenizer another before it
+        if not ids:
+            raise ValueError(
+                f"expected at least one token in every prompt, got none from prompt {index}, {prompt!r}: "
+                "leave it out or give it text the tokenizer knows"
+            )
+        found.append(ids)
+    return found
 
 
 def decode_completions(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
@@ -240,20 +274,6 @@ def _generating_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return base
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[list[int]]:
-    encoded: list[list[int]] = tokenizer(prompts, return_attention_mask=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    # A chat template writes BOS into the text and the tokenizer then adds another.
-    encoded = [ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids for ids in encoded]
-    for index, ids in enumerate(encoded):
-        if not ids:
-            raise ValueError(
-                f"expected at least one token in every prompt, got none from prompt {index}, {prompts[index]!r}: "
-                "leave it out or give it text the tokenizer knows"
-            )
-    return encoded
-
-
 def _left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and mask ``[B, P]`` of rows padded on the left to the longest."""
     width = max(map(len, rows))
@@ -269,7 +289,7 @@ def _up_to_first_end(ids: Tensor, ends: list[int]) -> Tensor:
 
 
 def _check_arguments(
-    prompts: list[str],
+    prompts: Sequence[str | Sequence[int]],
     num_completions: int,
     max_new_tokens: int,
     temperature: float,
@@ -300,9 +320,10 @@ def _check_tokens(generator: PreTrainedModel, prompt_tokens: list[list[int]]) ->
     """An id without an embedding would end in an index error, on CUDA in a device-side assertion."""
     embeddings = len(cast("nn.Embedding", generator.get_input_embeddings()).weight)
     for index, ids in enumerate(prompt_tokens):
-        if max(ids) >= embeddings:
+        if max(ids) >= embeddings or min(ids) < 0:
+            wrong = max(ids) if max(ids) >= embeddings else min(ids)
             raise ValueError(
-                f"expected token ids below {embeddings}, as many as the model embeds, got {max(ids)} in "
+                f"expected token ids below {embeddings}, as many as the model embeds, got {wrong} in "
                 f"prompt {index}: the tokenizer and the model do not belong together"
             )
 

@@ -15,9 +15,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tiny import build_model, build_tokenizer
 from torch import nn
+from transformers import GenerationConfig
 
-from entropy_pl.callbacks.attach import refuse_sharded
+from entropy_pl.callbacks.attach import refuse_sharded, truncated_sampling
 from entropy_pl.callbacks.prompts import count_common, prompt_texts
+from entropy_pl.callbacks.rendering import Rendering
 
 LARGER = build_tokenizer("".join(map(chr, range(256, 400))) + "0123456789+=")  # than the policy's vocabulary
 
@@ -31,7 +33,7 @@ def test_streams_are_left_alone(tmp_path):
 
     endless = IterableDataset.from_generator(rows)
     tokenizer = build_tokenizer()
-    assert count_common(PROMPTS, endless, tokenizer, "prompt") is None
+    assert count_common(PROMPTS, endless, Rendering(tokenizer), "prompt") is None
     with pytest.raises(ValueError, match=r"that can be counted, got a stream \(IterableDataset\): take"):
         prompt_texts(endless, tokenizer)
 
@@ -42,7 +44,7 @@ def test_a_template_that_refuses_a_chat():
     chats = [[{"role": "user", "content": "1+1="}]]
     with pytest.raises(ValueError, match=r"the tokenizer's template takes, got prompt 0: roles must alternate"):
         prompt_texts(chats, tokenizer)
-    assert count_common(PROMPTS, chats, tokenizer, "prompt") is None  # the run's own business
+    assert count_common(PROMPTS, chats, Rendering(tokenizer), "prompt") is None  # the run's own business
 
 
 def test_prompts_in_other_forms(tmp_path):
@@ -79,7 +81,7 @@ def test_e_prompts_that_are_learnt_are_a_warning_and_in_the_record(tmp_path):
         fit(Texts(), tmp_path, callback)
     assert [r["e_prompts"]["in_u"] for r in callback.records] == [9, 9]
     answered = [f"{prompt}7" for prompt in PROMPTS[:5]] + ["5+", "5+6"]  # supervised: prompt and answer in one text
-    assert count_common(PROMPTS, answered, build_tokenizer(), "prompt") == 5
+    assert count_common(PROMPTS, answered, Rendering(build_tokenizer()), "prompt") == 5
     unknown = probe(every_n_steps=5)
     fit(ForeignModule(), tmp_path, unknown)  # trains on tensors of tokens
     assert [r["e_prompts"]["in_u"] for r in unknown.records] == [None, None]
@@ -136,6 +138,47 @@ def test_what_it_costs_is_said_in_advance(tmp_path, capsys):
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("entropy probe: ")]
     assert "every 2 optimizer steps, 16 completions of up to 5 tokens, 7 passes over them, sampling included" in line
     assert "; memory beside the run's: " in line
+
+
+@pytest.mark.parametrize("kept_as", ["attribute", "hparams", "generation_kwargs", "generation_config"])
+def test_a_run_that_samples_from_a_truncated_distribution(tmp_path, kept_as):
+    class Truncates(ForeignModule):
+        def __init__(self, top_k: int = 20, temperature: float = 0.7) -> None:
+            super().__init__()
+            self.temperature = temperature
+            if kept_as == "attribute":
+                self.top_k = top_k
+            elif kept_as == "hparams":
+                self.save_hyperparameters()
+            elif kept_as == "generation_kwargs":
+                self.generation_kwargs = {"top_k": top_k}
+            else:
+                self.generation_config = GenerationConfig(top_k=top_k)
+
+    callback = probe(every_n_steps=5)
+    with pytest.warns(UserWarning, match="the run samples with top_k=20, the probe without"):
+        fit(Truncates(), tmp_path, callback, steps=1)
+    [warning] = callback.records[0]["warnings"]
+    assert "whole distribution at temperature 0.7, not of the truncated one" in warning
+
+
+@pytest.mark.parametrize(
+    ("owners", "said"),
+    [
+        ([{"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}], None),  # TRL's own
+        ([{"top_k": -1}], None),  # vLLM's way to say all
+        ([{"top_k": None, "top_p": 1}], None),
+        ([{"top_p": torch.tensor(0.5), "top_k": True, "min_p": print}], None),  # none of them is an option
+        ([{"top_p": 1.0}, {"top_p": 0.9}], None),  # the first one wins: TRL's generation_kwargs
+        ([{}, {"top_p": 0.9}], "top_p=0.9, the probe"),
+        ([{"repetition_penalty": 1.05, "min_p": 0.1}], "min_p=0.1, repetition_penalty=1.05, the probe"),
+        ([{"no_repeat_ngram_size": 3}], "no_repeat_ngram_size=3"),
+        ([{"presence_penalty": -0.5}], "presence_penalty=-0.5"),
+    ],
+)
+def test_which_options_truncate(owners, said):
+    found = truncated_sampling(owners, 1.0)
+    assert (found is None) if said is None else (found is not None and said in found)
 
 
 class TwoPolicies(ForeignModule):
