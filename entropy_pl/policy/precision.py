@@ -79,6 +79,49 @@ def refuse_quantized(model: nn.Module, purpose: str, instead: str) -> None:
         )
 
 
+def computes_in_half(model: nn.Module) -> bool:
+    """Whether a forward pass would now compute in bfloat16 or float16: by its parameters, its layers, or autocast."""
+    half = (torch.bfloat16, torch.float16)
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    return (
+        any(torch.is_autocast_enabled(kind) for kind in kinds)
+        or any(parameter.dtype in half for parameter in model.parameters())
+        or any(getattr(module, "compute_dtype", None) in half for module in model.modules())
+    )
+
+
+def coarse_arithmetic(model: nn.Module) -> str | None:
+    """Why two passes over the same tokens may differ by far more than the rounding of float32; None where they do not.
+
+    To be asked where the model computes as a probe lets it (:func:`evaluation`).
+
+    Args:
+        model: the policy.
+
+    Returns:
+        In words: what it computes in, or what it decides by comparing numbers.
+    """
+    if computes_in_half(model):
+        return "it computes in half precision"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "its products are not in full float32 (matmul_precision)"
+    if any(type(parameter).__name__ == "Int8Params" for parameter in model.parameters()):
+        return "its activations are rounded to 8 bits"
+    config: Any = getattr(model, "config", None)
+    # bitsandbytes' 4-bit layers compute in float32 here.
+    if getattr(config, "quantization_config", None) is not None and not quantized_layers(model):
+        return "its quantized layers compute in a precision of their own"
+    getter = getattr(config, "get_text_config", None)
+    config = config if getter is None else getter()
+    if any(getattr(config, name, None) for name in ROUTED):
+        return "it routes tokens to experts, and rounding decides between two that are equally likely"
+    return None
+
+
+ROUTED = ("num_experts_per_tok", "num_experts_per_token", "num_experts", "num_local_experts", "moe_topk", "top_k_experts")
+"""What Transformers' configurations of mixtures of experts have one or the other of."""
+
+
 class _Float32BecomesFloat64(TorchFunctionMode):
     """Turns every request for float32 (a cast or a ``dtype=``) into one for float64."""
 
