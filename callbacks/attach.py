@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -87,13 +87,24 @@ def find_tokenizer(given: Any, owners: Sequence[Any]) -> PreTrainedTokenizerBase
     )
 
 
-def find_optimizer(optimizers: Sequence[Any], policy: nn.Module, index: int | None) -> Any:
+def find_optimizer(
+    optimizers: Sequence[Any],
+    policy: nn.Module,
+    index: int | None,
+    watches: Callable[[nn.Parameter], bool] = lambda parameter: parameter.requires_grad,
+) -> Any:
     """The optimizer that holds the policy's trainable parameters: the one named, or the only one that does.
+
+    Args:
+        optimizers: of the run.
+        policy: what is measured.
+        index: the number of the one that is meant; None finds it.
+        watches: which parameters count as the policy's trainable ones.
 
     Raises:
         ValueError: if there is none, or more than one and none was named.
     """
-    owned = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    owned = {id(parameter) for parameter in policy.parameters() if watches(parameter)}
     held = [
         sum(id(parameter) in owned for group in optimizer.param_groups for parameter in group["params"])
         for optimizer in optimizers

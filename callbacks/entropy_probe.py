@@ -132,7 +132,8 @@ class EntropyProbeCallback(ProbeDoor, Callback):
             peers,
             self._sources(trainer, pl_module),
         )
-        optimizer = find_optimizer(trainer.optimizers, policy, self._optimizer)
+        optimizer = find_optimizer(trainer.optimizers, policy, self._optimizer, session.adapter.watches())
+        session.note_adapters(trainer.optimizers)
         return Attachment(session, optimizer, self.directory(trainer), lambda: _sinks(trainer.loggers))
 
     def _sources(self, trainer: Trainer, pl_module: LightningModule) -> RunSources:

@@ -113,7 +113,8 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
                 peers,
                 self._sources(tokenizer, PromptRows(prompts, texts, self._prompt_column)),
             )
-            watched = find_optimizer([optimizer], policy, self._optimizer)
+            watched = find_optimizer([optimizer], policy, self._optimizer, session.adapter.watches())
+            session.note_adapters([optimizer])
             return Attachment(session, watched, self.directory(args), lambda: self._find_sinks(args, state, control))
 
         self._attach(find)

@@ -58,7 +58,9 @@ class GeneratedLogProbs:
         kept = [number for number, row in enumerate(self.index.tolist()) if row in place]
         at = torch.tensor([place[int(self.index[number])] for number in kept], dtype=torch.long, device=mask.device)
         self.padded[kept] = ~mask[at, 0].bool().cpu()
-        return Watch(self.logp, torch.tensor(kept, dtype=torch.long, device=mask.device), at, mask.shape[1], temperature)
+        return Watch(
+            self.logp, torch.tensor(kept, dtype=torch.long, device=mask.device), at, mask.shape[1], temperature
+        )
 
 
 class Watch(LogitsProcessor):

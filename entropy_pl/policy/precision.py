@@ -118,7 +118,14 @@ def coarse_arithmetic(model: nn.Module) -> str | None:
     return None
 
 
-ROUTED = ("num_experts_per_tok", "num_experts_per_token", "num_experts", "num_local_experts", "moe_topk", "top_k_experts")
+ROUTED = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "num_experts",
+    "num_local_experts",
+    "moe_topk",
+    "top_k_experts",
+)
 """What Transformers' configurations of mixtures of experts have one or the other of."""
 
 

@@ -1,7 +1,7 @@
 """PEFT's wrapper around the policy: what it does in ``generate`` and in ``forward`` beside what its layers do.
 
-Completions are drawn through ``PeftModel.generate`` and scored through ``PeftModel.forward``, so that adapters which act
-there (activated LoRA, X-LoRA) act on both alike.
+Completions are drawn through ``PeftModel.generate`` and scored through ``PeftModel.forward``, so that adapters which
+act there (activated LoRA, X-LoRA) act on both alike.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ def _last_occurrence(ids: Tensor, mask: Tensor, wanted: list[int]) -> list[int |
     windows = ids.masked_fill(~mask.bool(), -1).unfold(1, len(wanted), 1)
     found = (windows == torch.tensor(wanted, device=ids.device)).all(-1)
     last = found.shape[1] - 1 - found.flip(1).int().argmax(1)
-    return [
-        column if there else None for column, there in zip(last.tolist(), found.any(1).tolist(), strict=True)
-    ]
+    return [column if there else None for column, there in zip(last.tolist(), found.any(1).tolist(), strict=True)]
 
 
 def _offsets(starts: list[int | None], length: int) -> list[int | None]:

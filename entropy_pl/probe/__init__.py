@@ -8,6 +8,7 @@ from entropy_pl.probe.cost import ProbeMemory, probe_memory
 from entropy_pl.probe.engine import ATTRIBUTION_PASSES, EntropyProbe
 from entropy_pl.probe.memory import PeakMemory, peak_memory, what_happened
 from entropy_pl.probe.result import Counterfactual, ProbeResult, SweepPoint, SymmetricPoint
+from entropy_pl.probe.sampler_gate import SamplerGap, SamplerGate, SamplerMismatchError, sampler_gap
 from entropy_pl.probe.scores import ProbeScores
 from entropy_pl.probe.settings import Precision, ProbeSettings
 from entropy_pl.probe.timing import timed
@@ -22,10 +23,14 @@ __all__ = [
     "ProbeResult",
     "ProbeScores",
     "ProbeSettings",
+    "SamplerGap",
+    "SamplerGate",
+    "SamplerMismatchError",
     "SweepPoint",
     "SymmetricPoint",
     "peak_memory",
     "probe_memory",
+    "sampler_gap",
     "timed",
     "what_happened",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -28,17 +28,23 @@ class UpdateRecorder:
         model: whose parameters are watched, under their ``named_parameters`` names.
         optimizer: anything with ``step()`` and ``param_groups``, or a wrapper with such a thing in its ``.optimizer``.
             Watched are its parameters that belong to the model and require a gradient.
+        watches: which of them instead of those that require a gradient now.
 
     Raises:
         TypeError: if there is no ``step()`` or no ``param_groups``.
         ValueError: if the optimizer holds no trainable parameter of the model.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Stepping) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Stepping,
+        watches: Callable[[nn.Parameter], bool] = lambda parameter: parameter.requires_grad,
+    ) -> None:
         self._model = model
         self._optimizer = inner_optimizer(optimizer)
         held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) in held}
+        self._parameters = {n: p for n, p in model.named_parameters() if id(p) in held and watches(p)}
         if not self._parameters:
             raise ValueError(
                 f"expected {type(self._optimizer).__name__} to hold trainable parameters of {type(model).__name__}, "
