@@ -173,8 +173,8 @@ class ProbeSession:
         measured, beside = (", ".join(map(repr, names)) for names in (self.adapter.names, others))
         chosen = "as asked for" if self.adapter_name else "as it was when the run began"
         sentence = (
-            f"the run's optimizers hold several adapters of the policy, {measured} and {beside}: measured are the policy "
-            f"with {measured} on, {chosen}, and what each step does to that; adapter='...' measures another"
+            f"the run's optimizers hold several adapters of the policy, {measured} and {beside}: what is measured is "
+            f"the policy with {measured} on, {chosen}, and what each step does to that; adapter='...' measures another"
         )
         self.warnings.append(sentence)
         if self.peers.rank == 0:

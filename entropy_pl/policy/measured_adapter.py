@@ -55,15 +55,22 @@ class MeasuredAdapter:
         Afterwards every switch, and every ``requires_grad``, is as it was before.
 
         Raises:
-            ValueError: if an adapter is merged into the base weights.
+            ValueError: if an adapter is merged into the base weights, and the step moves one or another has to be
+                switched to.
         """
         if not self._switches:
             yield
             return
-        _refuse_merged(self._model)
         watched = self.watches()
+        turned = [
+            (attributes, name, value)
+            for attributes, name, value in [*self._switches_of_new_layers(), *self._switches]
+            if attributes.get(name) != value
+        ]
+        if turned or any(watched(parameter) for _, _, parameter in _keyed(self._model)):
+            _refuse_merged(self._model)
         with _put_back(self._model), wrapper_kept(self._model):
-            for attributes, name, value in [*self._switches_of_new_layers(), *self._switches]:
+            for attributes, name, value in turned:
                 attributes[name] = _copied(value)
             for parameter in self._model.parameters():
                 if not parameter.requires_grad and watched(parameter):

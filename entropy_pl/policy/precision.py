@@ -171,6 +171,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _undisguised(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The model without what training has put around it, its tensors in ``dtype`` or better."""
     with (
+        _rotary_state_kept(model),
         evaluation_mode(model),
         own_forward(model),
         _inputs_without_gradient(model),
@@ -213,6 +214,34 @@ def own_forward(model: nn.Module) -> Iterator[None]:
     finally:
         for attributes, name, value in reversed(kept):
             attributes[name] = value
+
+
+@contextmanager
+def _rotary_state_kept(model: nn.Module) -> Iterator[None]:
+    """What rotary embeddings remember of the sequences they have seen (dynamic scaling, longrope) stays the run's."""
+    kept = [
+        (module, dict(vars(module)), {n: (b, b.clone()) for n, b in module._buffers.items() if b is not None})
+        for module in model.modules()
+        if _remembers(vars(module).get("rope_type"))
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+            for name in module._buffers.keys() - buffers.keys():
+                del module._buffers[name]
+            for name, (buffer, values) in buffers.items():
+                if not torch.equal(buffer, values):  # written in place; or exchanged for another
+                    buffer.copy_(values)
+                module._buffers[name] = buffer
+
+
+def _remembers(rope_type: Any) -> bool:
+    kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]  # one for each kind of layer
+    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
 
 
 @contextmanager
