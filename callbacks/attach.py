@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -124,18 +124,24 @@ def check_which(optimizer: Any) -> None:
     )
 
 
-def find_optimizers(optimizers: Sequence[Any], policy: nn.Module, which: int | list[int] | str | None) -> list[Any]:
+def find_optimizers(
+    optimizers: Sequence[Any],
+    policy: nn.Module,
+    which: int | list[int] | str | None,
+    watches: Callable[[nn.Parameter], bool] = lambda parameter: parameter.requires_grad,
+) -> list[Any]:
     """The optimizers that hold the policy's trainable parameters: those named, all of them, or the only one.
 
     Args:
         optimizers: the run's.
         policy: whose parameters are looked for.
         which: a number, several, "all", or None.
+        watches: which parameters count as the policy's trainable ones.
 
     Raises:
         ValueError: if there is none, one named holds none, or there are several and none was named.
     """
-    owned = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    owned = {id(parameter) for parameter in policy.parameters() if watches(parameter)}
     held = [
         sum(id(parameter) in owned for holder in holders(optimizer) for parameter in parameters_of(holder))
         for optimizer in optimizers

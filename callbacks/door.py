@@ -40,7 +40,8 @@ from entropy_pl.updates.together import StepsTogether
 DEFAULT_MAX_NEW_TOKENS = 256
 KEPT_BACK = "it is kept, and written with the next one as soon as there is room"
 KEPT = 100  # records in memory: a run may be long, and all of them are in the file
-NOT_COMPARED = ("seconds", "memory", "overhead")  # of two records of one step: how the machine was, not what was found
+# Of two records of one step: how the machine was, and what an earlier probe compared; not what was found.
+NOT_COMPARED = ("seconds", "memory", "overhead", "sampler_gap")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class ProbeDoor:
         etas: absolute step sizes to measure at, besides the multiples.
         eta_multipliers: step sizes as multiples of that step's learning rate. The step really taken is always measured.
         policy: attribute path of the Hugging Face or PEFT model. None finds it where there is one.
+        adapter: of a policy with several adapters, the name of the one that is measured. None takes what is active when
+            the run begins.
         tokenizer: of the policy. None takes `tokenizer` or `processing_class` of the run.
         optimizer: which of the run's optimizers is watched, by its number. Several numbers, or `all` of those with the
             policy in them, are measured as the one step that they take together: each of them once, one after another.
@@ -134,6 +137,7 @@ class ProbeDoor:
         etas: Sequence[float] | None = None,
         eta_multipliers: Sequence[float] = (0.5, 1.0, 2.0),
         policy: str | None = None,
+        adapter: str | None = None,
         tokenizer: Any = None,
         optimizer: int | list[int] | Literal["all"] | None = None,
         max_new_tokens: int | None = None,
@@ -170,6 +174,7 @@ class ProbeDoor:
         self._sampling: dict[str, Any] = {
             "num_sequences": num_sequences,
             "completions_per_prompt": completions_per_prompt,
+            "adapter_name": adapter,
             "seed": seed,
             "resample_prompts": resample_prompts,
             "sample_batch_size": sample_batch_size,

@@ -139,7 +139,8 @@ class EntropyProbeCallback(ProbeDoor, Callback):
             self._sources(trainer, pl_module),
             _sampling_options(pl_module),
         )
-        optimizers = find_optimizers(trainer.optimizers, policy, self._optimizer)
+        optimizers = find_optimizers(trainer.optimizers, policy, self._optimizer, session.adapter.watches())
+        session.note_adapters(trainer.optimizers)
         return Attachment(session, optimizers, self.directory(trainer), lambda: _sinks(trainer.loggers))
 
     def _sources(self, trainer: Trainer, pl_module: LightningModule) -> RunSources:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from entropy_pl.callbacks.causes import Causes, CausesOfStep, RunSources
 from entropy_pl.callbacks.prompts import Prompt, fingerprint
 from entropy_pl.peers import ALONE, Peers
+from entropy_pl.policy.generated import GeneratedLogProbs
+from entropy_pl.policy.measured_adapter import MeasuredAdapter
 from entropy_pl.policy.micro_batches import model_device
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.policy.sample import check_prompts, default_rows, sample_completions
@@ -24,6 +26,7 @@ from entropy_pl.probe import (
     ATTRIBUTION_PASSES,
     EntropyProbe,
     ProbeMemory,
+    SamplerGate,
     dry_run,
     peak_memory,
     probe_memory,
@@ -76,6 +79,7 @@ class ProbeSession:
         causes: what of the step's causes is looked for.
         sources: what the run says of its U-batch and of rewards.
         prompts_in_u: how many of ``prompts`` the run trains on too, for the record; None where that is not known.
+        adapter_name: which of the policy's adapters is measured; None takes what is active now.
 
     Raises:
         ValueError: if the numbers do not fit each other or the pool, a prompt does not fit the model's context, the
@@ -97,7 +101,12 @@ class ProbeSession:
     causes: Causes = field(default_factory=Causes)
     sources: RunSources = field(default_factory=RunSources)
     prompts_in_u: int | None = None
+    adapter_name: str | None = None
+    adapter: MeasuredAdapter = field(init=False, repr=False)
+    """What is on while the policy is measured, whatever the run's last forward pass used."""
+    _gate: SamplerGate = field(default_factory=SamplerGate, init=False, repr=False)
     _prompt_tokens: int = field(default=0, init=False, repr=False)
+    _told_of_adapters: bool = field(default=False, init=False, repr=False)
     _recorder: UpdateRecorder | None = field(default=None, init=False, repr=False)
     _failure: Exception | None = field(default=None, init=False, repr=False)
     _begun: float | None = field(default=None, init=False, repr=False)  # when a step was first watched
@@ -129,18 +138,20 @@ class ProbeSession:
                 f"expected at least 2 different E prompts, got {len(self.prompts)} times the same: completions of one "
                 "prompt are one cluster, which has no error bar. Give other prompts too"
             )
+        self.adapter = MeasuredAdapter(self.model, self.adapter_name)
         self.probe.check(self.model)
         begun = [prompt.ids for prompt in self.prompts]
         self._prompt_tokens = check_prompts(self.model, self.tokenizer, begun, self.max_new_tokens)
-        self.warnings += dry_run(
-            self.probe,
-            self.model,
-            self.tokenizer,
-            begun,
-            max_new_tokens=self.max_new_tokens,
-            attribution=self.causes.attribution and self.sources.update_batch is not None,
-            peers=self.peers,
-        )
+        with self.adapter.active():
+            self.warnings += dry_run(
+                self.probe,
+                self.model,
+                self.tokenizer,
+                begun,
+                max_new_tokens=self.max_new_tokens,
+                attribution=self.causes.attribution and self.sources.update_batch is not None,
+                peers=self.peers,
+            )
 
     @property
     def armed(self) -> bool:
@@ -197,13 +208,35 @@ class ProbeSession:
         if self._begun is None:
             self._begun = start
         try:
-            self._recorder = UpdateRecorder(self.model, optimizers)
+            self.note_adapters(optimizers)  # an adapter may show only by its steps that it is trained
+            watches = self.adapter.watches()
+            self._recorder = UpdateRecorder(self.model, optimizers, watches)
             self._recorder.snapshot(moments=bool(self.causes.counterfactuals))
-            left_out = LeftOut(self.model, self._recorder.names)
+            left_out = LeftOut(self.model, self._recorder.names, watches)
             self.left_out = left_out if left_out.parameters else None
         except Exception as error:
             self._recorder, self._failure = None, error
         self._probing += time.perf_counter() - start
+
+    def note_adapters(self, optimizers: Sequence[Any]) -> None:
+        """Say which adapter is measured, where the run trains others too: once, as a warning and in every record.
+
+        Args:
+            optimizers: of the run.
+        """
+        others = self.adapter.others_in(optimizers)
+        if not others or self._told_of_adapters:
+            return
+        self._told_of_adapters = True
+        measured, beside = (", ".join(map(repr, names)) for names in (self.adapter.names, others))
+        chosen = "as asked for" if self.adapter_name else "as it was when the run began"
+        sentence = (
+            f"the run's optimizers hold several adapters of the policy, {measured} and {beside}: what is measured is "
+            f"the policy with {measured} on, {chosen}, and what each step does to that; adapter='...' measures another"
+        )
+        self.warnings.append(sentence)
+        if self.peers.rank == 0:
+            warnings.warn(sentence, stacklevel=2)
 
     def disarm(self) -> None:
         """Let go of θ; a step that was watched and never came is forgotten."""
@@ -304,6 +337,7 @@ class ProbeSession:
             left_out = self.left_out  # it may move until the training step ends
             self.disarm()
             self.left_out, self._mark = left_out, None
+        record["sampler_gap"] = self._gate.gap  # of a refused probe too
         record["memory"] = None if memory is None else {"kind": memory.kind, "added_bytes": kept + memory.added}
         now = time.perf_counter()
         record.setdefault("seconds", {})["total"] = now - start
@@ -330,12 +364,21 @@ class ProbeSession:
             "status": status,
             "message": None,
             "warnings": list(self.warnings),
+            "sampler_gap": self._gate.gap,
             "e_prompts": prompts,
             "processes": self.peers.size,
         }
 
     def _measured(self, record: Record, step: int, on_pass: Callable[[str], None]) -> Record:
-        update, norm = self._read(record)
+        with ExitStack() as measured:
+            with self.peers.together():
+                measured.enter_context(self.adapter.active())
+                update, norm = self._read(record)
+            return self._measured_along(update, norm, record, step, on_pass)
+
+    def _measured_along(
+        self, update: UpdateVector, norm: float, record: Record, step: int, on_pass: Callable[[str], None]
+    ) -> Record:
         if norm == 0 and self.has_moved():
             return self._moved_unseen()
         if norm == 0:
@@ -352,9 +395,12 @@ class ProbeSession:
         batch = causes.update_batch()
         with ExitStack() as theta_before:
             with self.peers.together():
+                self._gate.refuse_again()
                 theta_before.enter_context(self._recorder.at_theta_before())
+                generated = GeneratedLogProbs()
                 with timed(seconds, "sampling", self.model):
-                    rollout = self._draw(step)
+                    rollout = self._draw(step, generated)
+                    self._check_sampler(rollout, generated, causes.absent)
                 rewards = causes.rewards(self._own_prompts(step), rollout)
                 on_pass("sampling")
                 self.peers.exchange(None)
@@ -420,8 +466,22 @@ class ProbeSession:
         """Their texts, of every completion of this process's share."""
         return [p.text for p in self.peers.share(self.e_prompts(step)) for _ in range(self.completions_per_prompt)]
 
-    def _draw(self, step: int) -> Rollout:
-        """This process's share of the E-batch."""
+    def _check_sampler(self, rollout: Rollout, generated: GeneratedLogProbs, absent: dict[str, str]) -> None:
+        """Refuse an E-batch that another policy drew than the one that will score it."""
+        with self.probe.evaluation(self.model):
+            gap = self._gate.check(
+                self.model,
+                rollout,
+                generated,
+                temperature=self.probe.temperature,
+                max_batch_tokens=self.probe.max_batch_tokens,
+                peers=self.peers,
+            )
+        if gap is None:
+            absent["sampler_gap"] = "what drew E does not say with which log-probs"
+
+    def _draw(self, step: int, generated: GeneratedLogProbs) -> Rollout:
+        """This process's share of the E-batch; ``generated`` keeps a few of its log-probs."""
         prompts = self.peers.share(self.e_prompts(step))
         if not prompts:
             return Rollout.empty(model_device(self.model))
@@ -435,6 +495,7 @@ class ProbeSession:
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.probe.temperature,
                 batch_size=self.sample_batch_size,
+                generated=generated,
             )
 
 

@@ -121,7 +121,8 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
                 [getattr(args, "generation_kwargs", None) or {}, args],
             )
             session.warnings.extend(rendering.warnings)
-            watched = find_optimizers([optimizer], policy, self._optimizer)
+            watched = find_optimizers([optimizer], policy, self._optimizer, session.adapter.watches())
+            session.note_adapters([optimizer])
             return Attachment(session, watched, self.directory(args), lambda: self._find_sinks(args, state, control))
 
         self._attach(find)

@@ -22,6 +22,7 @@ from entropy_pl.objectives import (
 from entropy_pl.objectives.losses import BatchSize, OverProcesses
 from entropy_pl.policy import evaluation_mode, reference_policy, trainable_parameters
 from entropy_pl.policy.micro_batches import compact, default_batch_tokens, micro_batches, over_micro_batches
+from entropy_pl.policy.positions import position_boundary
 from entropy_pl.policy.score import completion_stats, policy_stats
 from entropy_pl.rollout import Rollout, TokenStats
 
@@ -230,7 +231,7 @@ class PolicyGradient:
     ) -> Iterator[tuple[Tensor, PolicyLoss, TokenStats]]:
         """Rows, loss and statistics of every micro-batch, with a graph; to be differentiated before the next one."""
         budget = self.max_batch_tokens or default_batch_tokens(model, batch.rollout, graph=True)
-        for rows in micro_batches(batch.rollout, budget):
+        for rows in micro_batches(batch.rollout, budget, position_boundary(model)):
             part = compact(batch.rollout, rows)
             width = part.completion_ids.shape[1]
             stats = policy_stats(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from entropy_pl.data.datamodule import PromptDataModule
 from entropy_pl.groups import Groups
 from entropy_pl.measurements.settings import MeasurementSettings
-from entropy_pl.policy import Policy, derived_seed, isolated_rng, sample_completions
+from entropy_pl.policy import GeneratedLogProbs, Policy, derived_seed, isolated_rng, sample_completions
 from entropy_pl.rollout import Rollout
 
 
@@ -41,8 +41,16 @@ def prompt_data(settings: MeasurementSettings) -> PromptDataModule:
     return data
 
 
-def draw_e_batch(policy: Policy, prompts: list[str], settings: MeasurementSettings) -> Rollout:
-    """The E-batch ``[B_E, T]``, prompt-major, drawn from the policy in the precision that will score it."""
+def draw_e_batch(
+    policy: Policy,
+    prompts: list[str],
+    settings: MeasurementSettings,
+    generated: GeneratedLogProbs | None = None,
+) -> Rollout:
+    """The E-batch ``[B_E, T]``, prompt-major, drawn from the policy in the precision that will score it.
+
+    ``generated`` keeps the log-probs of a few of its sequences.
+    """
     with isolated_rng(derived_seed(settings.seed, "E-batch")), settings.probe().evaluation(policy.model):
         return sample_completions(
             policy.model,
@@ -52,6 +60,7 @@ def draw_e_batch(policy: Policy, prompts: list[str], settings: MeasurementSettin
             max_new_tokens=settings.generation.max_new_tokens,
             temperature=settings.generation.temperature,
             batch_size=settings.generation.sample_batch_size,
+            generated=generated,
         )
 
 

@@ -22,9 +22,9 @@ from entropy_pl.measurements.results import ResultsFolder, make_writable, sweep_
 from entropy_pl.measurements.settings import MeasurementSettings
 from entropy_pl.measurements.training import differences_from_training
 from entropy_pl.measurements.update import MeasuredUpdate, update_from_optimizer, update_from_pair
-from entropy_pl.policy import Checkpoint, checkpoint_weights, decode_completions, load_checkpoint
+from entropy_pl.policy import Checkpoint, GeneratedLogProbs, checkpoint_weights, decode_completions, load_checkpoint
 from entropy_pl.policy.precision import matmul_precision
-from entropy_pl.probe import ProbeResult, ProbeScores, dry_run, timed
+from entropy_pl.probe import ProbeResult, ProbeScores, SamplerGate, dry_run, timed
 from entropy_pl.progress import progress
 from entropy_pl.reporting import SCHEMA, DetailedLog, MeasuredBatch, Record, config_hash
 from entropy_pl.rollout import Rollout
@@ -43,6 +43,8 @@ class Drawn:
         update: v, and how it was made.
         seconds: wall time per phase.
         answers: the reference answer of every sequence, ``[N]``; None where they are not known any more.
+        sampler_gap: mean |log-prob as generated − as scored| of a few sequences, in nats a token; None where E was not
+            drawn here.
     """
 
     rollout: Rollout
@@ -50,6 +52,7 @@ class Drawn:
     update: MeasuredUpdate
     seconds: dict[str, float]
     answers: list[str] | None = None
+    sampler_gap: float | None = None
 
 
 class EntropyMeasurements:
@@ -77,6 +80,7 @@ class EntropyMeasurements:
             config if isinstance(config, MeasurementSettings) else SettingsParser(MeasurementSettings).read(config)
         )
         self._of_dry_run: list[str] | None = None  # what it found, in sentences
+        self._gate = SamplerGate()
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -119,11 +123,13 @@ class EntropyMeasurements:
             ``expected_reward`` and ``exchange_rate`` (ΔH/ΔJ at η = lr), ``attribution``,
             ``predictors`` and ``counterfactuals`` where they were asked for, ``absent`` (what was and is not there, and
             why), ``update`` and how it was made, ``B_E``, ``B_U``, ``G``, ``timing`` (seconds per phase, ``total``),
+            ``sampler_gap`` (mean |log-prob as generated − as scored| of a few sequences, nats a token),
             ``tokens_per_second``, ``device``, ``versions``, ``config``, ``config_hash``, ``seed``.
 
         Raises:
             ValueError: if the output folder holds results of another config, the checkpoint cannot be used, a dry run
-                of two completions fails, or no estimate can be made.
+                of two completions fails, no estimate can be made, or sampler and scorer are two policies
+                (``SamplerMismatchError``).
             NonFiniteError: if the policy's logits are not finite at a θ+ηv of the sweep: that step was too long.
             OSError: if the output folder or the log's cannot be written to.
         """
@@ -194,7 +200,17 @@ class EntropyMeasurements:
                 )
             update = self._update(data, settings, seconds, on_pass)
             with timed(seconds, "sampling_e", policy.model):
-                rollout = draw_e_batch(policy, data.e_prompts, settings)
+                self._gate.refuse_again()
+                generated = GeneratedLogProbs()
+                rollout = draw_e_batch(policy, data.e_prompts, settings, generated)
+                with settings.probe().evaluation(policy.model):
+                    gap = self._gate.check(
+                        policy.model,
+                        rollout,
+                        generated,
+                        temperature=settings.generation.temperature,
+                        max_batch_tokens=settings.probe().max_batch_tokens,
+                    )
             on_pass("sampling E")
         each = settings.batch_config.completions_per_prompt
         return Drawn(
@@ -203,6 +219,7 @@ class EntropyMeasurements:
             update,
             seconds,
             [example.answer for example in data.e_examples for _ in range(each)],
+            gap,
         )
 
     def score(
@@ -297,6 +314,7 @@ class EntropyMeasurements:
             "completions_per_prompt": batch.completions_per_prompt,
             **found,
             "warnings": [*(self._of_dry_run or ()), *found["warnings"]],
+            "sampler_gap": drawn.sampler_gap,
             "sweep": sweep_with_seed_keys(found["sweep"]),
             "update": drawn.update.facts,
             "timing": seconds,

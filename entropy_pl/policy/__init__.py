@@ -3,6 +3,7 @@
 from entropy_pl.policy.adapter import reference_policy, trainable_parameters
 from entropy_pl.policy.backbones import available_backbones, register_backbone
 from entropy_pl.policy.checkpoint import Checkpoint, checkpoint_weights, load_checkpoint
+from entropy_pl.policy.generated import GeneratedLogProbs
 from entropy_pl.policy.load import Policy, load_policy, load_policy_from
 from entropy_pl.policy.precision import evaluation, evaluation_mode, float64_evaluation
 from entropy_pl.policy.rng import derived_seed, isolated_rng
@@ -13,6 +14,7 @@ from entropy_pl.policy.weights import match_weights
 
 __all__ = [
     "Checkpoint",
+    "GeneratedLogProbs",
     "LoraSettings",
     "Policy",
     "PolicySettings",

@@ -1,4 +1,4 @@
-"""Decode a batch of prompts: Transformers' ``generate`` in segments, between which finished rows leave the batch."""
+"""Decode a batch of prompts: the policy's ``generate`` in segments, between which finished rows leave the batch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from entropy_pl.policy.cache import sampling_cache
+from entropy_pl.policy.generated import Watch
+from entropy_pl.policy.wrapper import base_of, generates_by_itself, sampling_arguments
 
 
 def rows_to_end_a_segment(rows: int) -> int:
@@ -23,7 +26,12 @@ def rows_to_end_a_segment(rows: int) -> int:
 
 @torch.no_grad()
 def decode(
-    generator: PreTrainedModel, ids: Tensor, mask: Tensor, config: GenerationConfig, processors: LogitsProcessorList
+    model: PreTrainedModel | PeftModel,
+    ids: Tensor,
+    mask: Tensor,
+    config: GenerationConfig,
+    processors: LogitsProcessorList,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Complete every prompt; a row that has finished is carried along only until enough others have.
 
@@ -32,22 +40,24 @@ def decode(
     carries all rows to the end.
 
     Args:
-        generator: the model, in eval mode.
+        model: the policy, in eval mode; of a PEFT model its own ``generate`` is called.
         ids: prompts ``[B, P]``, padded on the left.
         mask: ``[B, P]``, True at tokens.
         config: how tokens are chosen. ``eos_token_id`` is a list of the tokens that finish a row, or None;
             ``max_new_tokens`` and ``pad_token_id`` are set.
         processors: applied to the logits ``[rows left, V]`` before the temperature.
+        watch: one of the processors that has to know which rows are left.
 
     Returns:
         Completions ``[B, t]``, t <= max_new_tokens; what follows a row's first end token means nothing.
     """
-    generate = cast("Callable[..., Tensor]", generator.generate)
+    generate = cast("Callable[..., Tensor]", model.generate)
+    arguments = sampling_arguments(model, ids, mask)
     prompt_width, tokens = ids.shape[1], cast("int", config.max_new_tokens)
     completions = ids.new_full((len(ids), tokens), cast("int", config.pad_token_id))
     rows, mask = torch.arange(len(ids), device=ids.device), mask.long()
     ends = torch.tensor(config.eos_token_id or [], dtype=ids.dtype, device=ids.device)
-    cache = sampling_cache(generator)
+    cache = None if generates_by_itself(model) else sampling_cache(base_of(model))
     config = copy.deepcopy(config)
     while True:
         config.max_new_tokens = prompt_width + tokens - ids.shape[1]
@@ -59,14 +69,18 @@ def decode(
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([enough]),
             **({} if cache is None else {"past_key_values": cache}),
+            **arguments,
         )
         width = ids.shape[1] - prompt_width
         completions[rows, :width] = ids[:, prompt_width:]
         left = (~enough.finished).nonzero().squeeze(1)
+        if watch is not None:
+            watch.segment_ended(ids, left)
         if cache is None or width == tokens or len(left) == 0:
             return completions[:, :width]
         mask = nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         rows, ids, mask = rows[left], ids[left], mask[left]
+        arguments = {name: [values[row] for row in left.tolist()] for name, values in arguments.items()}
         cache.batch_select_indices(left.cpu())  # layers may lie on several devices
 
 

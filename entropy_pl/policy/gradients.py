@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from entropy_pl.policy.head import completion_logits
 from entropy_pl.policy.logits import logits_gradient
 from entropy_pl.policy.micro_batches import compact, default_batch_tokens, micro_batches, model_device
+from entropy_pl.policy.positions import position_boundary
 from entropy_pl.policy.precision import evaluation
 from entropy_pl.rollout import Rollout, TokenStats
 from entropy_pl.updates.displace import parameters_named
@@ -65,7 +66,7 @@ def weighted_gradient(
         others = {name: alias for name, alias in aliased(model, names).items() if every[name].requires_grad}
         held = [*parameters.values(), *(every[name] for name in others)]
         budget = default_batch_tokens(model, rollout, graph=True) if max_batch_tokens is None else max_batch_tokens
-        for rows in micro_batches(rollout, budget):
+        for rows in micro_batches(rollout, budget, position_boundary(model)):
             a, b = coefficients.logp[rows], coefficients.entropy[rows]
             if not (a.any() or b.any()):
                 continue

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entropy_pl.policy.wrapper import generates_by_itself, head_sees_positions, scoring_arguments
 from entropy_pl.rollout import Rollout
 
 HEAD_CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**28}
@@ -61,8 +62,11 @@ def head_chunk(vocabulary: int, device_type: str, dtype: torch.dtype) -> int:
 def completion_logits(model: nn.Module, rollout: Rollout) -> Tensor:
     """Logits that predict the completion tokens, ``[number of tokens, V]`` in the order of ``completion_mask``."""
     ids, rows, columns = _packed(rollout)
+    arguments = scoring_arguments(model, rollout, ids.shape[1])
+    if head_sees_positions(model, output_head(model)):
+        return _at(model(input_ids=ids, use_cache=False, **arguments).logits, rows, columns)
     with _head_reads(model, lambda hidden: _at(hidden, rows, columns)[None]):
-        return model(input_ids=ids, use_cache=False).logits[0]
+        return model(input_ids=ids, use_cache=False, **arguments).logits[0]
 
 
 def completion_logit_chunks(model: nn.Module, rollout: Rollout) -> Iterator[Tensor]:
@@ -86,7 +90,7 @@ def completion_logit_chunks(model: nn.Module, rollout: Rollout) -> Iterator[Tens
 
     handle = body.register_forward_hook(keep)
     try:
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids, use_cache=False, **scoring_arguments(model, rollout, ids.shape[1]))
     finally:
         handle.remove()
     if len(outputs) != 1:
@@ -104,14 +108,15 @@ def emitting_states(model: nn.Module, rollout: Rollout) -> Tensor:
     """The hidden states that emit the completion tokens of one micro-batch, ``[number of tokens, d]``."""
     ids, rows, columns = _packed(rollout)
     states: list[Tensor] = []
+    whole = head_sees_positions(model, output_head(model))
 
     def keep(hidden: Tensor) -> Tensor:
         states.append(_at(hidden, rows, columns))
-        return hidden[:, :0]  # nothing is left for the head to do
+        return hidden if whole else hidden[:, :0]  # nothing is left for the head to do
 
     with _head_reads(model, keep):
-        model(input_ids=ids, use_cache=False)
-    return states[0]
+        model(input_ids=ids, use_cache=False, **scoring_arguments(model, rollout, ids.shape[1]))
+    return states[-1]  # of X-LoRA's two passes the one with its adapters
 
 
 def _packed(rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +153,9 @@ def _at(hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _body(model: nn.Module) -> nn.Module | None:
-    """The part of a language model below its head."""
+    """The part of a language model below its head, where it runs once and nothing else reads its output."""
+    if generates_by_itself(model) or head_sees_positions(model, output_head(model)):
+        return None
     getter = getattr(model, "get_decoder", None)
     body = getter() if getter is not None else None
     # A model that cannot tell gives itself.

@@ -8,6 +8,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from entropy_pl.policy.positions import position_boundary
 from entropy_pl.policy.shape import ModelShape
 from entropy_pl.rollout import Rollout
 
@@ -20,10 +21,16 @@ MAX_GRAPH_TOKENS = {"cpu": 2048, "cuda": 8192}
 SHARE_OF_FREE_MEMORY = 0.25
 
 
-def micro_batches(rollout: Rollout, max_batch_tokens: int) -> list[Tensor]:
+def micro_batches(rollout: Rollout, max_batch_tokens: int, boundary: int | None = None) -> list[Tensor]:
     """Row indices in groups whose padded size, rows × longest, stays within the budget; like lengths together.
 
     A sequence longer than the budget gets a micro-batch of its own. Rows without a completion token are left out.
+
+    Args:
+        rollout: ``[N, T]``.
+        max_batch_tokens: the budget.
+        boundary: of :func:`~entropy_pl.policy.positions.position_boundary`; sequences beyond it, and up to it, are
+            never together.
 
     Raises:
         ValueError: if the budget is not positive.
@@ -35,7 +42,9 @@ def micro_batches(rollout: Rollout, max_batch_tokens: int) -> list[Tensor]:
     order = sorted((i for i in range(len(lengths)) if occupied[i]), key=lambda i: -lengths[i])
     groups: list[list[int]] = []
     for i in order:
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_batch_tokens:
+        longest = lengths[groups[-1][0]] if groups else 0
+        together = boundary is None or (longest > boundary) == (lengths[i] > boundary)
+        if groups and together and (len(groups[-1]) + 1) * longest <= max_batch_tokens:
             groups[-1].append(i)
         else:
             groups.append([i])
@@ -128,7 +137,7 @@ def parts(
     rollout = rollout.to(model_device(model))
     if max_batch_tokens is None:
         max_batch_tokens = default_batch_tokens(model, rollout)
-    for rows in micro_batches(rollout, max_batch_tokens):
+    for rows in micro_batches(rollout, max_batch_tokens, position_boundary(model)):
         part = compact(rollout, rows)
         row, column = part.completion_mask.nonzero(as_tuple=True)
         yield part, (rows[row], column)

@@ -82,6 +82,56 @@ def refuse_quantized(model: nn.Module, purpose: str, instead: str) -> None:
         )
 
 
+def computes_in_half(model: nn.Module) -> bool:
+    """Whether a forward pass would now compute in bfloat16 or float16: by its parameters, its layers, or autocast."""
+    half = (torch.bfloat16, torch.float16)
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    return (
+        any(torch.is_autocast_enabled(kind) for kind in kinds)
+        or any(parameter.dtype in half for parameter in model.parameters())
+        or any(getattr(module, "compute_dtype", None) in half for module in model.modules())
+    )
+
+
+def coarse_arithmetic(model: nn.Module) -> str | None:
+    """Why two passes over the same tokens may differ by far more than the rounding of float32; None where they do not.
+
+    To be asked where the model computes as a probe lets it (:func:`evaluation`).
+
+    Args:
+        model: the policy.
+
+    Returns:
+        In words: what it computes in, or what it decides by comparing numbers.
+    """
+    if computes_in_half(model):
+        return "it computes in half precision"
+    if torch.get_float32_matmul_precision() != "highest":
+        return "its products are not in full float32 (matmul_precision)"
+    if any(type(parameter).__name__ == "Int8Params" for parameter in model.parameters()):
+        return "its activations are rounded to 8 bits"
+    config: Any = getattr(model, "config", None)
+    # bitsandbytes' 4-bit layers compute in float32 here.
+    if getattr(config, "quantization_config", None) is not None and not quantized_layers(model):
+        return "its quantized layers compute in a precision of their own"
+    getter = getattr(config, "get_text_config", None)
+    config = config if getter is None else getter()
+    if any(getattr(config, name, None) for name in ROUTED):
+        return "it routes tokens to experts, and rounding decides between two that are equally likely"
+    return None
+
+
+ROUTED = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "num_experts",
+    "num_local_experts",
+    "moe_topk",
+    "top_k_experts",
+)
+"""What Transformers' configurations of mixtures of experts have one or the other of."""
+
+
 class _Float32BecomesFloat64(TorchFunctionMode):
     """Turns every request for float32 (a cast or a ``dtype=``) into one for float64."""
 
@@ -129,6 +179,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _undisguised(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The model without what training has put around it, its tensors in ``dtype`` or better."""
     with (
+        _rotary_state_kept(model),
         evaluation_mode(model),
         own_forward(model),
         _inputs_without_gradient(model),
@@ -172,6 +223,34 @@ def own_forward(model: nn.Module) -> Iterator[None]:
     finally:
         for attributes, name, value in reversed(kept):
             attributes[name] = value
+
+
+@contextmanager
+def _rotary_state_kept(model: nn.Module) -> Iterator[None]:
+    """What rotary embeddings remember of the sequences they have seen (dynamic scaling, longrope) stays the run's."""
+    kept = [
+        (module, dict(vars(module)), {n: (b, b.clone()) for n, b in module._buffers.items() if b is not None})
+        for module in model.modules()
+        if _remembers(vars(module).get("rope_type"))
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+            for name in module._buffers.keys() - buffers.keys():
+                del module._buffers[name]
+            for name, (buffer, values) in buffers.items():
+                if not torch.equal(buffer, values):  # written in place; or exchanged for another
+                    buffer.copy_(values)
+                module._buffers[name] = buffer
+
+
+def _remembers(rope_type: Any) -> bool:
+    kinds = rope_type.values() if isinstance(rope_type, dict) else [rope_type]  # one for each kind of layer
+    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)
 
 
 @contextmanager

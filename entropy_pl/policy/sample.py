@@ -24,8 +24,11 @@ from transformers import (
 )
 
 from entropy_pl.policy.decode import decode
+from entropy_pl.policy.generated import GeneratedLogProbs
 from entropy_pl.policy.logits import why_not_finite
-from entropy_pl.policy.precision import evaluation_mode
+from entropy_pl.policy.positions import position_boundary
+from entropy_pl.policy.precision import computes_in_half, evaluation_mode
+from entropy_pl.policy.wrapper import base_of, wrapper_kept
 from entropy_pl.progress import part
 from entropy_pl.rollout import Rollout
 
@@ -53,6 +56,7 @@ def sample_completions(
     top_p: float = 1.0,
     top_k: int | None = None,
     batch_size: int | None = None,
+    generated: GeneratedLogProbs | None = None,
 ) -> Rollout:
     """Draw completions with a KV cache; the model and its settings are left as they were, also after an error.
 
@@ -63,7 +67,7 @@ def sample_completions(
     ``max_new_tokens``; finished rows soon leave the batch (see `decode`).
 
     Args:
-        model: the policy, its adapter on or off as it is; sampled in eval mode.
+        model: the policy, its adapter on or off as it is; sampled in eval mode, a PEFT model by its own ``generate``.
         tokenizer: of the policy; a BOS token is added where the tokenizer adds one and the text does not have it.
         prompts: texts, or token ids to begin with as they are, in the order wanted. Internally they are batched by
             length, the longest first.
@@ -73,6 +77,7 @@ def sample_completions(
         top_p: keeps the smallest set of tokens whose probability reaches this; 1 keeps all.
         top_k: keeps the k likeliest tokens; None keeps all, 1 decodes greedily.
         batch_size: rows sampled at once; None takes up to 256, on a CPU up to 128.
+        generated: keeps the log-probs of a few completions as they were when they were drawn.
 
     Returns:
         ``len(prompts) * G`` rows on the model's device, prompt-major: row ``p * G + g`` is completion g of prompt p.
@@ -84,7 +89,7 @@ def sample_completions(
         FloatingPointError: if the model's logits are not finite.
     """
     _check_arguments(prompts, num_completions, max_new_tokens, temperature, top_p, top_k, batch_size)
-    generator = _generating_model(model)
+    generator = base_of(model)
     begun = prompt_tokens(tokenizer, prompts)
     _check_tokens(generator, begun)
     _check_context(generator, begun, max_new_tokens)
@@ -111,18 +116,24 @@ def sample_completions(
     prompt_ids = torch.full((len(rows), prompt_width), pad, dtype=torch.long, device=device)
     prompt_mask = torch.zeros_like(prompt_ids, dtype=torch.bool)
     completion_ids = torch.full((len(rows), max_new_tokens), pad, dtype=torch.long, device=device)
+    if generated is not None:
+        generated.begin(by_length, max_new_tokens, device, computes_in_half(model))
 
-    starts = range(0, len(rows), size)
+    batches = _batches(by_length, [len(row) for row in rows], size, position_boundary(model))
     with (
         evaluation_mode(model),
+        wrapper_kept(model),
         _neutral_generation_config(generator),
-        part("sampling", len(starts) * max_new_tokens, "token") as bar,
+        part("sampling", len(batches) * max_new_tokens, "token") as bar,
     ):
-        for number, start in enumerate(starts):
-            index = by_length[start : start + size]
+        for number, index in enumerate(batches):
             ids, mask = _left_pad([rows[row] for row in index], pad, device)
             finite = _FiniteLogits(device)
-            new = decode(generator, ids, mask, config, LogitsProcessorList([finite, _Moves(bar)]))
+            processors = LogitsProcessorList([finite, _Moves(bar)])
+            watch = None if generated is None else generated.watch(index, mask, temperature)
+            if watch is not None:
+                processors.append(watch)
+            new = decode(model, ids, mask, config, processors, watch)
             bar.update((number + 1) * max_new_tokens - bar.n)  # all rows may end early
             if not finite.all_finite:
                 raise FloatingPointError(
@@ -154,7 +165,7 @@ def check_prompts(
         ValueError: if a prompt has no token or one the model does not know, or prompt and completion do not fit its
             context.
     """
-    tokens, generator = prompt_tokens(tokenizer, prompts), _generating_model(model)
+    tokens, generator = prompt_tokens(tokenizer, prompts), base_of(model)
     _check_tokens(generator, tokens)
     _check_context(generator, tokens, max_new_tokens)
     return max(map(len, tokens))
@@ -216,7 +227,7 @@ def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     Returns:
         Token ids; none where neither names one.
     """
-    generation_config = getattr(_generating_model(model), "generation_config", None)
+    generation_config = getattr(base_of(model), "generation_config", None)
     configured = getattr(generation_config, "eos_token_id", None)
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list | tuple) else [configured])}
     return sorted(int(token) for token in ends - {None})
@@ -264,14 +275,12 @@ def _neutral_generation_config(generator: PreTrainedModel) -> Iterator[None]:
         generator.generation_config = own
 
 
-def _generating_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The Hugging Face model whose ``generate`` samples the policy: LoRA layers live inside it."""
-    if not isinstance(model, PeftModel):
-        return model
-    if model.active_peft_config.is_prompt_learning:
-        raise ValueError("expected a LoRA adapter, got one that learns prompts: completions would be drawn without it")
-    base: PreTrainedModel = model.get_base_model()
-    return base
+def _batches(order: list[int], lengths: list[int], size: int, boundary: int | None) -> list[list[int]]:
+    """Rows that are sampled together: so many at most, and none with one of another position regime."""
+    groups = [order]
+    if boundary is not None:  # the longest come first
+        groups = [[row for row in order if (lengths[row] > boundary) == long] for long in (True, False)]
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def _left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from entropy_pl.probe.dry_run import dry_run
 from entropy_pl.probe.engine import ATTRIBUTION_PASSES, EntropyProbe
 from entropy_pl.probe.memory import PeakMemory, peak_memory, what_happened
 from entropy_pl.probe.result import Counterfactual, ProbeResult, SweepPoint, SymmetricPoint
+from entropy_pl.probe.sampler_gate import SamplerGap, SamplerGate, SamplerMismatchError, sampler_gap
 from entropy_pl.probe.scores import ProbeScores
 from entropy_pl.probe.settings import Precision, ProbeSettings
 from entropy_pl.probe.smoothness import WithheldError
@@ -24,12 +25,16 @@ __all__ = [
     "ProbeResult",
     "ProbeScores",
     "ProbeSettings",
+    "SamplerGap",
+    "SamplerGate",
+    "SamplerMismatchError",
     "SweepPoint",
     "SymmetricPoint",
     "WithheldError",
     "dry_run",
     "peak_memory",
     "probe_memory",
+    "sampler_gap",
     "timed",
     "what_happened",
 ]

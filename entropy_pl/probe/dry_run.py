@@ -132,7 +132,9 @@ def _seen_backwards(probe: EntropyProbe, model: nn.Module, rollout: Rollout) -> 
     """By how much the earlier tokens' log-probs change with the last token, in nats."""
     other = rollout.completion_ids.clone()
     other[:, -1] = rollout.prompt_ids[:, -1]  # some token that the model knows
-    other[:, -1] = torch.where(other[:, -1] == rollout.completion_ids[:, -1], rollout.completion_ids[:, 0], other[:, -1])
+    other[:, -1] = torch.where(
+        other[:, -1] == rollout.completion_ids[:, -1], rollout.completion_ids[:, 0], other[:, -1]
+    )
     changed = Rollout(rollout.prompt_ids, rollout.prompt_mask, other, rollout.completion_mask)
     before, after = (token_stats(model, r, **probe.scoring).logp[:, :-1] for r in (rollout, changed))
     return float((before - after).abs().max()) if before.numel() else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,16 @@ class LeftOut:
     Args:
         model: the policy.
         watched: names of the parameters that the update is of.
+        counts: which parameters are the policy's trainable ones.
     """
 
-    def __init__(self, model: nn.Module, watched: set[str]) -> None:
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(
+        self,
+        model: nn.Module,
+        watched: set[str],
+        counts: Callable[[nn.Parameter], bool] = lambda parameter: parameter.requires_grad,
+    ) -> None:
+        trainable = {name: p for name, p in model.named_parameters() if counts(p)}
         # Of memory that is shared the owner counts; first in the order are those watched.
         order = sorted(trainable, key=lambda name: name not in watched)
         aliases = aliases_of(trainable, order)

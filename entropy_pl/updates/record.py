@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,16 +93,22 @@ class UpdateRecorder:
         model: whose parameters are watched, under their ``named_parameters`` names.
         optimizer: anything with ``step()`` and ``param_groups``, a wrapper with such a thing in its ``.optimizer``, or
             several of them. Watched are its parameters that belong to the model and require a gradient.
+        watches: which of them instead of those that require a gradient now.
 
     Raises:
         TypeError: if there is no ``step()`` or no ``param_groups``.
         ValueError: if an optimizer holds no trainable parameter of the model.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Stepping | Sequence[Stepping]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Stepping | Sequence[Stepping],
+        watches: Callable[[nn.Parameter], bool] = lambda parameter: parameter.requires_grad,
+    ) -> None:
         self._model = model
         given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
-        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        trainable = {n: p for n, p in model.named_parameters() if watches(p)}
         name_of = {id(p): n for n, p in trainable.items()}
         self._watched: list[_Watched] = []
         for one in given:
