@@ -118,12 +118,13 @@ def variance_ratio_figure(on_pool: pd.DataFrame, eta: float, compared_to: str) -
     place = np.arange(len(names))
     for offset, (chosen, colour, label) in zip((-0.2, 0.2), _both(on_pool, eta), strict=True):
         chosen = chosen.set_index("option").loc[names]
-        ratio, error = chosen["variance_ratio"], 1.96 * chosen["variance_ratio_stderr"]
+        ratio, high = chosen["variance_ratio"], chosen["variance_ratio_ci_high"]
+        error = [ratio - chosen["variance_ratio_ci_low"], high - ratio]
         axes.barh(place + offset, ratio, height=0.38, color=colour, alpha=0.75, label=label, zorder=2)
         axes.errorbar(ratio, place + offset, xerr=error, fmt="none", ecolor="black", elinewidth=1, capsize=2, zorder=3)
         jackknife = chosen["variance_ratio_jackknife"]
         axes.plot(jackknife, place + offset, "s", color="white", markeredgecolor="black", markersize=4.5, zorder=4)
-        ends = np.fmax(ratio + error, jackknife)
+        ends = np.fmax(high, jackknife)
         for at, value, end in zip(place + offset, ratio, ends, strict=True):
             style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7.5}
             axes.annotate(f"{value:.2g}", (end, at), xytext=(6, 0), **style)

@@ -85,6 +85,11 @@ class PoolEstimates:
         self._probe = probe
         self._values: dict[tuple[str, bytes], dict[Quantity, float]] = {}
 
+    @property
+    def confidence(self) -> float:
+        """Of all intervals."""
+        return self._probe.confidence
+
     def changes(self, option: str, rows: Tensor) -> dict[Quantity, EntropyChange]:
         """δH₁ and ΔH with their influences, from these sequences as if there were no others."""
         found = self.pool.estimates(self.options[option].probe(self._probe), rows)

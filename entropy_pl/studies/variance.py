@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from entropy_pl.estimators import jackknife_standard_error, linear_combination
+from entropy_pl.estimators import interval, jackknife_standard_error, linear_combination
+from entropy_pl.estimators.estimate import cluster_index
 from entropy_pl.studies.figures import error_bars_figure, variance_ratio_figure
 from entropy_pl.studies.folder import Row, StudyFolder
 from entropy_pl.studies.options import DEFAULT_OPTIONS, EstimatorOption, PoolEstimates, variance_ratio
@@ -49,6 +50,8 @@ POOL_COLUMNS = {
     "stderr_jackknife": "and by the jackknife",
     "variance_ratio": "`stderr`² over the compared option's",
     "variance_ratio_stderr": "the ratio's standard error, from the influences of both",
+    "variance_ratio_ci_low": "lower end of its confidence interval",
+    "variance_ratio_ci_high": "upper end",
     "variance_ratio_jackknife": "`stderr_jackknife`² over the compared option's",
     "difference": "value minus the reference option's on the same pool: the bias, if the option has one",
     "difference_stderr": "standard error of the difference: paired, from the influences of both",
@@ -155,12 +158,14 @@ def whole_pool_rows(estimates: PoolEstimates, name: str, study: VarianceOptions)
     """An option on the whole pool: its estimates, and how they differ from the reference's."""
     pool = estimates.pool
     everything, clusters = torch.arange(len(pool.order)), pool.scores.clusters
+    prompts = int(cluster_index(clusters, len(everything)).max()) + 1
     own, compared, reference = (
         estimates.changes(option, everything) for option in (name, study.compared_to, study.reference)
     )
     rows: list[Row] = []
     for quantity, change in own.items():
         ratio, ratio_error = variance_ratio(change, compared[quantity], clusters)
+        low, high = interval(ratio, ratio_error, prompts, estimates.confidence)
         difference = linear_combination([(1.0, change), (-1.0, reference[quantity])])
 
         def apart(rows: Tensor, quantity: Quantity = quantity) -> float:
@@ -178,6 +183,8 @@ def whole_pool_rows(estimates: PoolEstimates, name: str, study: VarianceOptions)
                 "stderr": change.stderr,
                 "variance_ratio": ratio,
                 "variance_ratio_stderr": ratio_error,
+                "variance_ratio_ci_low": low,
+                "variance_ratio_ci_high": high,
                 "difference": difference.value,
                 "difference_stderr": difference.stderr,
                 "difference_stderr_jackknife": jackknifed,
@@ -259,8 +266,8 @@ def _report(
     report.figure(
         "variance_ratio",
         variance_ratio_figure(on_pool, eta, study.compared_to),
-        "Bars: from the influence function, with 95 % intervals; squares: jackknife of the whole calculation, critics "
-        "fitted anew. Shorter is better.",
+        f"Bars: from the influence function, with {100 * settings.estimator.confidence:g} % intervals; squares: "
+        "jackknife of the whole calculation, critics fitted anew. Shorter is better.",
     )
     report.show(
         shown[

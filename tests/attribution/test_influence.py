@@ -236,9 +236,10 @@ def test_what_is_at_hand_is_not_computed(clipped):
     options = {"method": "central_difference"}
     expected = attributed(clipped, on_pass=alone.append, **options)
     found = attributed(clipped, base=base, tangent=tangent, on_pass=given.append, **options)
-    # U: θ and both differences; E: the step, its momentum and its weight decay.
-    assert alone == ["scoring E", "gradient of H", *["tangents"] * 6]
-    assert given == ["gradient of H", *["tangents"] * 5]
+    # U: θ and both differences; E: the step, its momentum and its weight decay, the tokens, and what is left.
+    rest = ["gradient of the loss", "tangents", "tangents"]
+    assert alone == ["scoring E", "gradient of H", *["tangents"] * 6, *rest]
+    assert given == ["gradient of H", *["tangents"] * 5, *rest]
     torch.testing.assert_close(found.per_token, expected.per_token, rtol=1e-9, atol=1e-12)
     assert found.over_e["first_order"].influence == pytest.approx(
         first_order_delta_entropy(base, tangent).stderr, rel=1e-12
@@ -249,7 +250,8 @@ def test_what_is_at_hand_is_not_computed(clipped):
 def test_no_pass_for_a_component_that_is_zero():
     passes = []
     found = attributed(take_steps(optimizer="sgd"), on_pass=passes.append)
-    assert passes == ["scoring E", "gradient of H", "tangents", "tangents"]  # U's, and the whole step's
+    # U's, the whole step's, the tokens', and that of what rounding leaves
+    assert passes == ["scoring E", "gradient of H", "tangents", "tangents", "gradient of the loss", *["tangents"] * 2]
     assert found.momentum == found.weight_decay == 0
     assert found.over_e["momentum"].influence == found.over_e["weight_decay"].jackknife == 0
     assert found.over_e["gradient"] == found.over_e["first_order"]

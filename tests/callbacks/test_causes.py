@@ -195,9 +195,15 @@ def test_the_record_of_a_grpo_run(tmp_path):
     # float32 gradients, and tangents by central differences: some 1e-4 of either
     scale = max(abs(found[name]["value"]) for name in ("momentum", "gradient"))
     assert abs(found["remainder"]["gradient"]) < 2e-3 * scale
-    assert found["first_order"]["value"] == pytest.approx(record["first_order"]["value"], abs=2e-3 * scale)
-    assert found["first_order"]["stderr"] == pytest.approx(record["first_order"]["stderr"], rel=1e-3)
     taken = next(point for point in record["sweep"] if point["taken"])
+    for name in ("value", "stderr", "ci_low", "ci_high"):
+        assert found["first_order"][name] == taken["first_order"][name], "one δH₁ in one record"
+    assert abs(found["remainder"]["differences"]) < 2e-3 * scale
+    by_sign = sum(part["value"] for part in found["by_sign"].values())
+    assert by_sign == pytest.approx(found["tokens"]["value"], rel=1e-6)
+    for part in (found["momentum"], found["tokens"], found["remainder_sum"], *found["by_sign"].values()):
+        assert part["ci_low"] <= part["value"] <= part["ci_high"]
+        assert (part["stderr"] > 0) == (part["value"] != 0)
     unchanged = record["counterfactuals"]["unchanged"]
     assert unchanged["true"]["value"] == pytest.approx(taken["true"]["value"], rel=1e-3)
     assert abs(unchanged["difference"]["value"]) < 1e-3 * abs(taken["true"]["value"])
@@ -209,7 +215,8 @@ def test_the_record_of_a_grpo_run(tmp_path):
 
     folder = Path(trainer.log_dir) / "entropy_probe"
     tokens = AttributedTokens.load(folder / "attribution" / "step_000003.npz")
-    assert tokens.values.sum() == pytest.approx(LR * found["tokens"]["value"])
+    assert tokens.values.sum() == pytest.approx(found["tokens"]["value"])
+    assert tokens.errors["momentum"]["stderr"] == pytest.approx(found["momentum"]["stderr"])
     assert tokens.matrix.mean(0) == pytest.approx(tokens.sequence_values, rel=1e-2, abs=1e-6)
     assert (tokens.sequence_stderr > 0).all()
     assert (tokens.stderr[tokens.values != 0] > 0).all()
@@ -220,6 +227,7 @@ def test_the_record_of_a_grpo_run(tmp_path):
     events.Reload()
     tags = {*events.Tags()["scalars"], *events.Tags()["images"]}
     wanted = [f"attribution/{name}" for name in ("tokens", "momentum", "top_tokens", "influence", "share", "matrix")]
+    wanted += [f"attribution/{sign}_advantage_ci_low" for sign in ("positive", "negative")]
     wanted += ["delta_j_true", "exchange_rate", "predictors/cui/pearson", "counterfactuals/negative_only/delta_h"]
     assert {f"entropy_probe/{name}" for name in wanted} <= tags
     assert json.loads((folder / "records.jsonl").read_text().splitlines()[1])["attribution"] == found

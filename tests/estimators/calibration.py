@@ -46,6 +46,7 @@ from entropy_pl.estimators import (
     first_order_coefficients,
     first_order_delta_entropy,
     first_order_delta_reward,
+    interval,
     jackknife_standard_error,
     linear_combination,
     low_variance_delta_entropy,
@@ -338,12 +339,18 @@ def agreeing(name: str) -> Callable[[Samples], list[Interval]]:
     return intervals
 
 
-def luck_of_u(divided_by: str, kind: str) -> Callable[[Samples], list[Interval]]:
+def added_by(policy: Policy, positive: bool) -> Tensor:
+    """What every completion would add to a sum; of A > 0 alone, those that have it."""
+    moved = policy.stats["first"].logp.sum(1)
+    return moved * policy.advantages.clamp(min=0.0) if positive else moved * policy.rewards
+
+
+def luck_of_u(divided_by: str, kind: str, positive: bool = False) -> Callable[[Samples], list[Interval]]:
     """Σ_u A_u of a loss divided by Z: A_u = a_u/Z, a_u what a completion would add to a sum."""
 
     def measure(samples: Samples) -> list[tuple[float, ErrorBar]]:
         base, found = samples.policy.stats["base"], []
-        added = samples.policy.stats["first"].logp.sum(1) * samples.policy.rewards
+        added = added_by(samples.policy, positive)
         for rows in samples.rows:
             sizes = loss_sizes(base.mask[rows], divided_by)
             per_sequence = added[rows] / sizes.sum()
@@ -352,24 +359,34 @@ def luck_of_u(divided_by: str, kind: str) -> Callable[[Samples], list[Interval]]
 
     def intervals(samples: Samples) -> list[Interval]:
         count = samples.rows.shape[1] if samples.clusters is None else int(samples.clusters.max()) + 1
-        found = []
-        for value, bar in samples.once(("U", divided_by), lambda: measure(samples)):
-            reach = student_t(0.95, count) * getattr(bar, kind)
-            found.append((value - reach, value + reach))
-        return found
+        measured = samples.once(("U", divided_by, positive), lambda: measure(samples))
+        return [interval(value, getattr(bar, kind), count, 0.95) for value, bar in measured]
 
     return intervals
 
 
-def loss_of_all(divided_by: str) -> Callable[[Policy], float]:
+def loss_of_all(divided_by: str, positive: bool = False) -> Callable[[Policy], float]:
     """Of infinitely many prompts: E[a]/E[z]."""
 
     def truth(policy: Policy) -> float:
-        p, added = policy.probabilities, policy.stats["first"].logp.sum(1) * policy.rewards
+        p, added = policy.probabilities, added_by(policy, positive)
         length = policy.stats["base"].mask.sum(1).double()
         return float((p * added).sum() / ((p * length).sum() if divided_by == "tokens" else 1.0))
 
     return truth
+
+
+def of_part(exact: str, one_sided: str) -> Callable[[Samples], list[Interval]]:
+    """The change along a part of the step, exact, with the error bar that one-sided derivatives give it."""
+
+    def intervals(samples: Samples) -> list[Interval]:
+        values, rough = (samples.estimates(first_order_delta_entropy, "base", name) for name in (exact, one_sided))
+        return [
+            interval(one.value, other.stderr, len(samples.rows[0]), 0.95)
+            for one, other in zip(values, rough, strict=True)
+        ]
+
+    return intervals
 
 
 def column_of_the_matrix(samples: Samples) -> list[Interval]:
@@ -401,9 +418,7 @@ def column_of_the_matrix(samples: Samples) -> list[Interval]:
                 base=base,
                 clusters=torch.arange(len(rows)),  # the prompts are drawn anew for every completion
             )
-        reach = student_t(0.95, len(rows)) * float(of_batch.stderr[0])
-        value = float(of_batch.per_sequence[0])
-        found.append((value - reach, value + reach))
+        found.append(interval(float(of_batch.per_sequence[0]), float(of_batch.stderr[0]), len(rows), 0.95))
     return found
 
 
@@ -525,19 +540,20 @@ def cases() -> Iterator[Case]:
             luck_of_u(divided_by, kind),
             per_prompt=PER_PROMPT,
         )
+    for kind in ("influence", "jackknife"):
+        yield Case(
+            f"attribution over U, {kind}",
+            f"A > 0 of a loss divided by tokens, {PER_PROMPT} completions a prompt",
+            loss_of_all("tokens", positive=True),
+            luck_of_u("tokens", kind, positive=True),
+            per_prompt=PER_PROMPT,
+        )
+    yield Case("attribution over E", "one-sided tangents, first order", slope(), of_part("first", "one_sided"))
     yield Case(
         "attribution over E",
-        "one-sided tangents, first order",
-        slope(),
-        lambda samples: [
-            (exact.value - reach, exact.value + reach)
-            for exact, rough in zip(
-                FIRST(samples),
-                samples.estimates(first_order_delta_entropy, "base", "one_sided"),
-                strict=True,
-            )
-            for reach in [student_t(0.95, exact.n_sequences) * rough.stderr]
-        ],
+        "one-sided tangents, A > 0",
+        lambda policy: policy.positive.exact_slope("per_token"),
+        of_part("first_of_positive", "one_sided_of_positive"),
     )
     yield Case("E×U matrix, δH_u over E", "defaults", slope(), column_of_the_matrix, sizes=(256,))
 

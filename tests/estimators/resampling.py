@@ -47,9 +47,12 @@ class Policy:
         model, rollout, update = self.enumeration.model, self.enumeration.rollout, self.enumeration.update
         with float64_evaluation(model):
             base, first = token_stats_jvp(model, rollout, update)
+            positive = self.positive.update
             return {
                 "base": base,
                 "first": first,
+                "first_of_positive": token_stats_jvp(model, rollout, positive)[1],
+                "one_sided_of_positive": one_sided_tangent(model, rollout, positive, base),
                 "first_of_other": token_stats_jvp(model, rollout, self.other.update)[1],
                 "one_sided": one_sided_tangent(model, rollout, update, base),
                 "second": tangents(model, rollout, update, method="central_difference").second,
@@ -67,6 +70,23 @@ class Policy:
             for name, v in self.enumeration.update.direction.items()
         }
         return replace(self.enumeration, update=UpdateVector(direction, lr=1e-2))
+
+    @cached_property
+    def positive(self) -> Enumeration:
+        """The same policy with what the completions of A > 0 alone do, of a step on 32 completions: its gradient."""
+        rows = torch.randint(len(self.advantages), (32,), generator=torch.Generator().manual_seed(12))
+        chosen = rows[self.advantages[rows] > 0]
+        with self.enumeration.at(0.0):
+            value = (self.enumeration.sequence_log_probs()[0] * self.advantages)[chosen].sum() / 32
+            parameters = dict(self.enumeration.model.named_parameters())
+            gradients = torch.autograd.grad(value, list(parameters.values()))
+        direction = {name: gradient.double() for name, gradient in zip(parameters, gradients, strict=True)}
+        return replace(self.enumeration, update=UpdateVector(direction, lr=1e-2))
+
+    @cached_property
+    def advantages(self) -> Tensor:
+        """Of every row: its reward less their mean."""
+        return self.rewards - (self.probabilities * self.rewards).sum()
 
     @cached_property
     def rewards(self) -> Tensor:

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from entropy_pl.reporting import (
+    SCHEMA,
     RecordWriter,
     add_step_agreement,
     attribution_table,
@@ -36,6 +37,7 @@ from entropy_pl.reporting import (
     sweep_table,
     training_figure,
 )
+from entropy_pl.reporting.records import current
 
 OF_A_RUN = [
     *(calibration_figure, components_figure, delta_entropy_figure, ess_figure, exchange_rate_figure),
@@ -48,22 +50,26 @@ def estimate(value: float) -> dict[str, Any]:
     return {"value": value, "stderr": 0.1, **ends, "ess": 60.0, "ess_min": 60.0, "n_sequences": 64, "trustworthy": True}
 
 
-def record(step: int, kind: str = "probe") -> dict[str, Any]:
+def record(step: int, kind: str = "probe", schema: int = SCHEMA) -> dict[str, Any]:
     """With everything that a record can have."""
-    part = {"value": 1.0, "stderr": 0.1, "stderr_u": 0.2}
+    part = {"value": 1.0, "stderr": 0.1, "stderr_u": 0.2, "ci_low": 0.8, "ci_high": 1.2}
+    signs = dict.fromkeys(("positive_advantage", "negative_advantage"), 1.0 if schema == 1 else part)
+    names = ("momentum", "weight_decay", "gradient", "tokens", "first_order", "remainder_sum")
     sweep = [
         {"eta": eta, "taken": eta == 1e-4}
         | {key: estimate(-eta) for key in ("true", "first_order", "reward_true", "reward_first_order")}
         for eta in (5e-5, 1e-4, 2e-4)
     ]
     return {
-        **{"schema": 1, "kind": kind, "status": "ok", "message": None, "step": step, "lr": 1e-4, "reward": 0.25},
+        **{"schema": schema, "kind": kind, "status": "ok", "message": None, "step": step, "lr": 1e-4, "reward": 0.25},
         **{"entropy": estimate(0.9), "first_order": estimate(-12.0), "second_order": estimate(3e4), "sweep": sweep},
-        **{"eta_star": 8e-4, "eta_star_stderr": 1e-4, "update_norm": 3.2, "normalize": "per_token", "confidence": 0.95},
+        **{"eta_star": 8e-4, "update_norm": 3.2, "normalize": "per_token", "confidence": 0.95},
+        "e_prompts": {"count": 64},
         **{"expected_reward": estimate(0.3), "exchange_rate": estimate(2.0) | {"bounded": True}, "overhead": 0.1},
         "attribution": {
-            **dict.fromkeys(("momentum", "weight_decay", "gradient", "tokens", "first_order", "total"), part),
-            **{"remainder": {"clip": 0.1}, "by_sign": {"positive_advantage": 1.0, "negative_advantage": -1.0}},
+            **dict.fromkeys(names, part),
+            **{"remainder": {"clip": 0.1}, "total": 3.0, "by_sign": signs},
+            "over_u": {"prompts": 4, "absent": "too few"},
         },
         "predictors": {"covariance": {"pearson": 0.5, "step": -3.0, "step_pearson": 0.4}},
         "counterfactuals": {"entropy_bonus": {"true": estimate(0.1), "difference": estimate(0.2), "reward_true": None}},
@@ -77,9 +83,10 @@ def record(step: int, kind: str = "probe") -> dict[str, Any]:
 
 GOOD = [
     record(0),
-    {"schema": 1, "kind": "probe", "status": "failed", "message": "got NaN", "step": 5, "lr": 1e-4},
-    record(10),
+    {"schema": SCHEMA, "kind": "probe", "status": "failed", "message": "got NaN", "step": 5, "lr": 1e-4},
+    record(10, schema=1),
 ]
+READ = [current(item) for item in GOOD]
 
 
 @pytest.fixture
@@ -118,7 +125,7 @@ def test_lines_are_kept_or_named(name, tmp_path, console):
         said = [str(warning.message) for warning in caught]
         assert all(str(file) in words for words in said)
         if whole:  # the other lines are as they were
-            untouched = [GOOD[at - 1] for at in (1, 2, 3) if at not in whole]
+            untouched = [READ[at - 1] for at in (1, 2, 3) if at not in whole]
             assert [item for item in records if item in untouched] == untouched
             assert len(records) + len(said) == 3
         with warnings.catch_warnings():
@@ -191,7 +198,7 @@ def test_what_is_no_record_is_left_out_with_its_reason(text, reason, tmp_path):
     file = tmp_path / "records.jsonl"
     file.write_text(f'{json.dumps(GOOD[0])}\n{{"step": 7, {text}}}\n{json.dumps(GOOD[2])}\n')
     with pytest.warns(UserWarning, match=rf"records\.jsonl, line 2 is not a record and was left out: .*{reason}"):
-        assert read_records(file) == [GOOD[0], GOOD[2]]
+        assert read_records(file) == [READ[0], READ[2]]
 
 
 def test_numbers_that_no_float_can_be_are_absent(console):
@@ -220,4 +227,4 @@ def test_what_a_writer_writes_is_a_record(tmp_path):
         RecordWriter(tmp_path / "records.jsonl").write(item)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read_records(tmp_path / "records.jsonl") == [*GOOD, record(20, "measurement")]
+        assert read_records(tmp_path / "records.jsonl") == [*READ, record(20, "measurement")]

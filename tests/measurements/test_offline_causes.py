@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,14 +75,15 @@ def test_the_parts_add_up_to_the_slope(config, update):
     """1e-6 relative is the promise; float64 and forward mode keep 1e-9 of the largest part, remainders included."""
     measurement, results = measured(config, update=update, attribution={"enabled": True})
     drawn, found = measurement.draw(), results["attribution"]
-    expected = along(measurement, drawn.rollout, drawn.update.vector)
+    expected = LR * along(measurement, drawn.rollout, drawn.update.vector)
     parts = {
-        name: along(measurement, drawn.rollout, UpdateVector(direction, LR))
+        name: LR * along(measurement, drawn.rollout, UpdateVector(direction, LR))
         for name, direction in drawn.update.vector.components.items()
     }
     scale = max(map(abs, parts.values()))
     for name, value in parts.items():
         assert found[name]["value"] == pytest.approx(value, abs=1e-9 * scale), name
+        assert found[name]["ci_low"] <= found[name]["value"] <= found[name]["ci_high"], name
     remainder = found["remainder"]
     assert found["total"] + remainder["entropy_term"] == pytest.approx(expected, abs=1e-9 * scale)
     assert abs(remainder["gradient"]) < 1e-9 * scale
@@ -89,7 +91,9 @@ def test_the_parts_add_up_to_the_slope(config, update):
     bonus = update.get("entropy_coefficient", 0) > 0
     assert (abs(remainder["entropy_term"]) > 1e-3 * scale) == bonus
     assert results["absent"] == {}
-    assert found["first_order"]["stderr"] == pytest.approx(results["first_order"]["stderr"], rel=1e-9)
+    assert found["first_order"]["stderr"] == pytest.approx(LR * results["first_order"]["stderr"], rel=1e-9)
+    by_sign = sum(part["value"] for part in found["by_sign"].values())
+    assert by_sign == pytest.approx(found["tokens"]["value"], abs=1e-9 * scale)
 
 
 @pytest.mark.filterwarnings(WARNS)
@@ -170,18 +174,37 @@ def test_unchanged_of_a_float16_run_is_float32s(config):
 @pytest.mark.filterwarnings(WARNS)
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_the_luck_of_the_batch(config, tmp_path, loss_type):
-    """The jackknife over U's four prompts as a loop: without one, the loss is divided by what the others have."""
+    """The jackknife over U's eight prompts as a loop: without one, the loss is divided by what the others have."""
     _, results = measured(
-        config, attribution={"enabled": True}, update={"loss_type": loss_type}, output_directory=str(tmp_path)
+        config,
+        batch_config={"B_U": 8},
+        attribution={"enabled": True},
+        update={"loss_type": loss_type},
+        output_directory=str(tmp_path),
     )
-    tokens = AttributedTokens.load(tmp_path / "attribution.npz")
-    values, sizes = np.zeros(4), np.zeros(4)
-    for u, value in enumerate(tokens.sequence_values):
-        values[u // 4] += value / LR
-        sizes[u // 4] += (tokens.sequence == u).sum() if loss_type == "dapo" else 1
-    without = np.array([(values.sum() - values[p]) * sizes.sum() / (sizes.sum() - sizes[p]) for p in range(4)])
-    expected = np.sqrt(3 / 4 * ((without - without.mean()) ** 2).sum())
-    assert results["attribution"]["tokens"]["stderr_u_jackknife"] == pytest.approx(expected, rel=1e-9)
+    found, tokens = results["attribution"], AttributedTokens.load(tmp_path / "attribution.npz")
+    parts = {"tokens": found["tokens"], **found["by_sign"]}
+    signs = {"positive_advantage": [1], "negative_advantage": [-1], "zero_advantage": [0], "tokens": [-1, 0, 1]}
+    for name, part in parts.items():
+        values, sizes = np.zeros(8), np.zeros(8)
+        for u in range(32):
+            own = tokens.sequence == u
+            if np.sign(tokens.advantages[own])[0] in signs[name]:
+                values[u // 4] += tokens.values[own].sum()
+            sizes[u // 4] += own.sum() if loss_type == "dapo" else 1
+        without = np.array([(values.sum() - values[p]) * sizes.sum() / (sizes.sum() - sizes[p]) for p in range(8)])
+        expected = np.sqrt(7 / 8 * ((without - without.mean()) ** 2).sum())
+        assert part["value"] == pytest.approx(values.sum(), rel=1e-9, abs=1e-18)
+        assert part["stderr_u_jackknife"] == pytest.approx(expected, rel=1e-9)
+    assert found["over_u"] == {"prompts": 8, "absent": None}
+
+
+@pytest.mark.filterwarnings(WARNS)
+def test_too_few_prompts_say_nothing_of_the_luck_of_the_batch(config):
+    _, results = measured(config, attribution={"enabled": True})
+    found = results["attribution"]
+    assert "at least 8 prompts in the U-batch for an error bar over them, got 4" in found["over_u"]["absent"]
+    assert all(math.isnan(part["stderr_u"]) for part in (found["tokens"], *found["by_sign"].values()))
 
 
 @pytest.mark.filterwarnings(WARNS)
@@ -403,8 +426,8 @@ def test_a_measurement_that_asks_for_everything(config, tmp_path, capsys):
     tokens = AttributedTokens.load(folder / "attribution.npz")
     assert len(tokens) == results["update"]["n_tokens"]
     assert tokens.step == 5
-    assert tokens.values.sum() == pytest.approx(LR * found["tokens"]["value"])
-    assert tokens.totals["first_order"] == pytest.approx(LR * found["first_order"]["value"])
+    assert tokens.values.sum() == pytest.approx(found["tokens"]["value"])
+    assert tokens.totals["first_order"] == pytest.approx(found["first_order"]["value"])
     # float32: the matrix is of gradients, the tokens of central differences
     assert tokens.matrix.mean(0) == pytest.approx(tokens.sequence_values, rel=1e-2, abs=1e-6)
     assert (tokens.stderr[np.abs(tokens.values) > 0] > 0).all()

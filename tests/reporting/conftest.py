@@ -15,8 +15,8 @@ def estimate(value: float, stderr: float, ess: float = 200.0) -> dict[str, Any]:
     return {
         "value": value,
         "stderr": stderr,
-        "ci_low": value - 1.96 * stderr,
-        "ci_high": value + 1.96 * stderr,
+        "ci_low": value - 2.5 * stderr,
+        "ci_high": value + 2.5 * stderr,
         "ess": ess,
         "n_sequences": 256,
         "n_tokens": 9000,
@@ -36,7 +36,7 @@ def probe_record(step: int = 0, *, multipliers: tuple[float, ...] = (0.5, 1, 2),
         for m in multipliers
     ]
     record = {
-        "schema": 1,
+        "schema": 2,
         "kind": "probe",
         "status": "ok",
         "message": None,
@@ -57,7 +57,7 @@ def probe_record(step: int = 0, *, multipliers: tuple[float, ...] = (0.5, 1, 2),
 
 
 def failed_record(step: int, status: str = "failed", message: str = "got NaN in [256, 48]") -> dict[str, Any]:
-    return {"schema": 1, "kind": "probe", "status": status, "message": message, "step": step, "lr": 1e-4}
+    return {"schema": 2, "kind": "probe", "status": status, "message": message, "step": step, "lr": 1e-4}
 
 
 def attributed_tokens(
@@ -99,25 +99,41 @@ def attributed_tokens(
             "remainder": 2e-7,
             "first_order": -4e-4 + 1.2e-6 + float(values.sum()),
         },
+        "errors": {
+            "momentum": {"stderr": 3e-5, "stderr_u": None},
+            "tokens": {"stderr": 2e-6, "stderr_u": 4e-6},
+            "positive_advantage": {"stderr": 1.5e-6, "stderr_u": 2.5e-6},
+        },
+        "reach": 2.5,
     }
     return AttributedTokens(**{**fields, **others})
 
 
 def attribution_of_record(scale: float = 1.0) -> dict[str, Any]:
-    """What a record keeps of an attribution, per unit η but for ``by_sign``."""
+    """What a record keeps of an attribution, in nats of the step taken; its intervals are 2.5 standard errors wide."""
 
-    def measured(value: float, stderr: float) -> dict[str, float]:
-        return {"value": scale * value, "stderr": stderr, "stderr_jackknife": 1.1 * stderr}
+    def measured(value: float, stderr: float, stderr_u: float | None = None) -> dict[str, float]:
+        value, stderr = 1e-4 * scale * value, 1e-4 * stderr
+        found = {"value": value, "stderr": stderr, "stderr_jackknife": 1.1 * stderr}
+        found |= {"ci_low": value - 2.5 * stderr, "ci_high": value + 2.5 * stderr}
+        return found if stderr_u is None else found | {"stderr_u": 1e-4 * stderr_u}
 
+    remainder = {"entropy_term": -0.5, "gradient": 0.125, "update": 0.0625, "differences": 0.0625}
     return {
         "first_order": measured(-12.0, 1.5),
         "momentum": measured(-9.0, 1.2),
         "weight_decay": measured(0.5, 0.1),
         "gradient": measured(-3.5, 0.6),
-        "tokens": {"value": -3.25 * scale, "stderr_u": 0.8, "stderr_u_jackknife": 0.9},
-        "remainder": {"entropy_term": -0.5 * scale, "gradient": 0.125 * scale, "update": 0.125 * scale},
-        "total": -11.75 * scale,
-        "by_sign": {"positive_advantage": -4e-4, "negative_advantage": 7.5e-5, "zero_advantage": 0.0},
+        "tokens": measured(-3.25, 0.5, 0.8),
+        "remainder": {name: 1e-4 * scale * value for name, value in remainder.items()},
+        "remainder_sum": measured(-0.25, 0.05),
+        "total": -11.75e-4 * scale,
+        "by_sign": {
+            "positive_advantage": measured(-4.0, 0.6, 0.9),
+            "negative_advantage": measured(0.75, 0.2, 0.3),
+            "zero_advantage": measured(0.0, 0.0, 0.0),
+        },
+        "over_u": {"prompts": 16, "absent": None},
     }
 
 

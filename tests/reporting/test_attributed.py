@@ -106,10 +106,10 @@ def test_summary_is_strict_json_of_the_same_numbers(tokens):
         own = [
             value for value, advantage in zip(batch.values, batch.advantages, strict=True) if sign_of(advantage) == sign
         ]
-        assert summary["by_sign"][name] == pytest.approx(math.fsum(own), rel=1e-9)
         assert summary["tokens_by_sign"][name] == len(own)
         by_decile = math.fsum(row[name] for row in summary["by_decile"])
-        assert by_decile == pytest.approx(summary["by_sign"][name], rel=1e-9)
+        assert by_decile == pytest.approx(math.fsum(own), rel=1e-9)
+    assert {row["stderr"] for row in summary["by_decile"]} == {None}, "said to have none"
     edges = [edge for row in summary["by_decile"] for edge in (row["logp_low"], row["logp_high"])]
     assert edges == sorted(edges)
     assert (edges[0], edges[-1]) == (batch.logp.min(), batch.logp.max())
@@ -130,8 +130,8 @@ def test_summary_is_strict_json_of_the_same_numbers(tokens):
 
 def test_summary_without_advantages_or_tokens(tokens, nothing):
     summary = tokens(advantages=None).summary(1)
-    assert summary["by_sign"] == {}
-    assert set(summary["by_decile"][0]) == {"logp_low", "logp_high", "tokens", "all"}
+    assert summary["tokens_by_sign"] == {}
+    assert set(summary["by_decile"][0]) == {"logp_low", "logp_high", "tokens", "all", "stderr"}
     assert summary["top_tokens"][0]["advantage"] is None
     assert to_json(nothing.summary())
     assert nothing.summary()["top_tokens"] == []
@@ -156,6 +156,17 @@ def test_saved_and_loaded_is_the_same(tokens, tmp_path, absent):
     batch.save(path)
     assert_same(batch, AttributedTokens.load(path))
     assert [entry.name for entry in path.parent.iterdir()] == ["tokens.of.step"]
+
+
+def test_a_file_of_the_format_before_is_read(tokens, tmp_path):
+    """It lacks error bars by component, and how far those of figures reach."""
+    tokens().save(tmp_path / "t.npz")
+    with np.load(tmp_path / "t.npz") as file:
+        arrays = dict(file)
+    header = json.loads(str(arrays.pop("header"))) | {"format": "entropy_pl.attributed_tokens.1"}
+    del header["errors"], header["reach"]
+    (tmp_path / "old.npz").write_bytes(array_file(header=np.array(json.dumps(header)), **arrays))
+    assert_same(replace(tokens(), errors={}, reach=1.0), AttributedTokens.load(tmp_path / "old.npz"))
 
 
 def test_nothing_at_all_is_saved_and_loaded(nothing, tmp_path):
@@ -241,9 +252,10 @@ def test_a_missing_file_is_named(tmp_path):
         ({"matrix": np.zeros((8, 3))}, r"expected matrix of shape \[N_E, 6\] for 6 prompts, got \[8, 3\]"),
         ({"unit": "per_word"}, "expected unit to be one of per_token, per_sequence, got 'per_word'"),
         ({"totals": {"luck": 1.0}}, "expected totals among momentum, .*, got luck"),
+        ({"errors": {"luck": {}}}, "expected errors among momentum, .*, zero_advantage, got luck"),
         ({"prompts": ["a"], "sequence_values": [0], "sequence_stderr": None, "matrix": None}, "a row of the 1 compl"),
     ],
-    ids=["tokens", "sequences", "matrix", "unit", "totals", "rows"],
+    ids=["tokens", "sequences", "matrix", "unit", "totals", "errors", "rows"],
 )
 def test_what_does_not_fit_together_is_refused(tokens, others, message):
     with pytest.raises(ValueError, match=message):

@@ -178,7 +178,7 @@ class TestMatrix:
         image = influence_matrix_figure(tokens()).axes[1].images[0]
         assert image.norm.vmin == -image.norm.vmax < 0
 
-    def test_error_bars_are_95_percent_and_leave_narrow_bars_alone(self, tokens):
+    def test_error_bars_reach_as_far_as_said_and_leave_narrow_bars_alone(self, tokens):
         batch = tokens(3, 4)
         upper = influence_matrix_figure(batch).axes[0]
         (bars,) = [item for item in upper.containers if isinstance(item, BarContainer)]
@@ -186,7 +186,8 @@ class TestMatrix:
         segments = bars.errorbar.lines[2][0].get_segments()
         for height, segment in zip(heights, segments, strict=True):
             stderr = batch.sequence_stderr[batch.sequence_values.tolist().index(height)]
-            np.testing.assert_allclose(np.ptp(segment[:, 1]), 2 * 1.96 * stderr, rtol=1e-9)  # a float64 difference
+            np.testing.assert_allclose(np.ptp(segment[:, 1]), 2 * 2.5 * stderr, rtol=1e-9)  # a float64 difference
+        assert "± 2.5 SE" in upper.get_ylabel()
         (many,) = influence_matrix_figure(tokens(3, 70)).axes[0].containers
         assert many.errorbar is None
 
@@ -207,7 +208,8 @@ class TestShare:
         np.testing.assert_allclose(marks.get_ydata(), np.sum(heights, axis=0), rtol=1e-9)
         labels = [text.get_text() for text in figure.legends[0].get_texts()]
         positive = math.fsum(batch.values[batch.advantages > 0])
-        assert f"A > 0: {positive:+.2e} nats ({100 * positive / total:.0f} %)" in labels
+        assert f"A > 0: {positive:+.2e} ± 2e-06 nats ({100 * positive / total:.0f} %)" in labels  # over E
+        assert f"together: {total:+.2e} ± 2e-06 nats" in labels
 
 
 class TestComponents:
@@ -218,12 +220,12 @@ class TestComponents:
         for label, key in (("momentum", "momentum"), ("tokens", "tokens"), ("whole step", "first_order")):
             (line,) = [line for name, line in lines.items() if name.startswith(label)]
             assert line.get_xdata().tolist() == [0, 10, 15]
-            values = [r["lr"] * r["attribution"][key]["value"] for r in records if "attribution" in r]
+            values = [r["attribution"][key]["value"] for r in records if "attribution" in r]
             np.testing.assert_allclose(line.get_ydata(), values, rtol=1e-12)
-        remainders = [1e-4 * sum(r["attribution"]["remainder"].values()) for r in records if "attribution" in r]
+        remainders = [sum(r["attribution"]["remainder"].values()) for r in records if "attribution" in r]
         np.testing.assert_allclose(lines["remainder"].get_ydata(), remainders, rtol=1e-12)
         band = {tuple(vertex) for item in axes.collections for path in item.get_paths() for vertex in path.vertices}
-        low = 1e-4 * (-9.0 - 1.96 * 1.2)
+        low = 1e-4 * (-9.0 - 2.5 * 1.2)  # the record's own interval
         assert any(x == 0 and y == pytest.approx(low, rel=1e-12) for x, y in band)
 
     @pytest.mark.parametrize("count", [0, 2])

@@ -117,12 +117,20 @@ def test_totals_and_signs(tokens):
     batch = tokens()
     rows = Reader(attribution_page(batch, title="t")).rows
     whole = batch.totals["first_order"]
-    for words, value in (
-        ("momentum", batch.totals["momentum"]),
-        (f"– with A > 0 ({(batch.advantages > 0).sum()})", math.fsum(batch.values[batch.advantages > 0])),
-        ("whole step, δH₁", whole),
+    positive = math.fsum(batch.values[batch.advantages > 0])
+    for words, value, over_e, over_u in (
+        ("momentum", batch.totals["momentum"], " ± 3.0e-05", "–"),
+        (f"– with A > 0 ({(batch.advantages > 0).sum()})", positive, " ± 1.5e-06", "2.5e-06"),
+        ("whole step, δH₁", whole, "", "–"),
     ):
-        assert [words, minus(f"{value:+.2e}"), minus(f"{100 * value / whole:.1f} %")] in rows
+        assert [words, minus(f"{value:+.2e}") + over_e, over_u, minus(f"{100 * value / whole:.1f} %")] in rows
+
+
+def test_what_has_no_error_bar_is_said(tokens):
+    batch = tokens()
+    said = "Single tokens have no error bar unless token_error_blocks is set."
+    assert said in Reader(attribution_page(batch, title="t")).text
+    assert said not in Reader(attribution_page(replace(batch, stderr=np.abs(batch.values)), title="t")).text
 
 
 def test_top_tokens_are_a_table(tokens):

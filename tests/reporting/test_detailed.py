@@ -140,7 +140,7 @@ def test_summary(settings):
     batch = measured()
     (record,) = read_records(write(settings(level="minimal"), batch=batch).path)
     assert record == {
-        "schema": 1,
+        "schema": 2,
         "kind": "summary",
         "run_id": "run",
         "config_hash": config_hash(CONFIG),
@@ -407,7 +407,7 @@ def test_an_unknown_kind_of_record(settings):
 def test_a_record_cannot_pass_for_another_runs(settings):
     with DetailedLog(settings(), "run") as log:
         log.write("summary", {"run_id": "other", "kind": "measurement", "value": 1})
-    assert read_records(log.path) == [{"schema": 1, "kind": "summary", "run_id": "run", "value": 1}]
+    assert read_records(log.path) == [{"schema": 2, "kind": "summary", "run_id": "run", "value": 1}]
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,12 @@ def test_a_full_disk_is_an_error_that_names_the_file():
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [(b"[1, 2]", "got list"), (b"\xff\xfe", "utf-8"), (b'{"schema": 2}', "expected schema 1, got 2"), (b"{", "line 1")],
+    [
+        (b"[1, 2]", "got list"),
+        (b"\xff\xfe", "utf-8"),
+        (b'{"schema": 3}', "expected schema 2 or 1"),
+        (b"{", "line 1"),
+    ],
 )
 def test_bad_lines_are_named_and_left_out(tmp_path, line, reason):
     (tmp_path / "p").write_bytes(line + b'\n\n{"step": 1, "lr": NaN}\n')

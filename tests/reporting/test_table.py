@@ -133,13 +133,25 @@ class TestAttribution:
             "momentum -9.0e-04 ± 1.2e-04 – 75.0 %",
             "weight decay 5.0e-05 ± 1.0e-05 – -4.2 %",
             "gradient -3.50e-04 ± 6.0e-05 – 29.2 %",
-            "tokens -3.250e-04 ± – 8.0e-05 27.1 %",
-            "of A > 0 -4.000e-04 ± – – 33.3 %",
-            "of A < 0 7.500e-05 ± – – -6.2 %",
-            "remainder: entropy term -5.000e-05 ± – – 4.2 %",
+            "tokens -3.25e-04 ± 5.0e-05 8.0e-05 27.1 %",
+            "of A > 0 -4.00e-04 ± 6.0e-05 9.0e-05 33.3 %",
+            "of A < 0 7.5e-05 ± 2.0e-05 3.0e-05 -6.2 %",
+            "remainder -2.50e-05 ± 5.0e-06 – 2.1 %",
             "δH₁ -1.20e-03 ± 1.5e-04 – 100.0 %",
         ):
             assert row in rows
+        assert not [row for row in rows if "A = 0" in row], "they carried nothing"
+        caption = " ".join(rows)
+        assert "entropy term -5.0e-05, gradient 1.3e-05, update 6.3e-06, differences 6.3e-06" in caption
+
+    def test_why_there_is_no_error_over_u(self, make_rewarded):
+        record = make_rewarded(0)
+        record["attribution"]["over_u"] = {"prompts": 3, "absent": "expected 8 prompts, got 3"}
+        for part in (record["attribution"]["tokens"], *record["attribution"]["by_sign"].values()):
+            part["stderr_u"] = None
+        rows = self.rows(record)
+        assert "tokens -3.25e-04 ± 5.0e-05 – 27.1 %" in rows
+        assert "no SE over U: expected 8 prompts, got 3" in rows
 
     def test_counterfactuals_stand_beside_the_step_taken(self, make_rewarded):
         rows = self.rows(make_rewarded(0))
