@@ -7,7 +7,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,6 +172,8 @@ class ProbeSession:
         else:
             owned = {id(parameter) for parameter in self.model.parameters()}
             self._mark = Mark(p for p in parameters if id(p) in owned)
+            with suppress(Exception):  # arm() will say it
+                self.left_out = self._not_of(UpdateRecorder(self.model, optimizers))
 
     def arm(self, optimizers: Sequence[Stepping]) -> None:
         """Before the step: keep θ, if it is not kept already and has moved since the passes began.
@@ -180,6 +182,7 @@ class ProbeSession:
         """
         if self.holds_moved:
             return
+        left_out = self.left_out  # from before the passes, or the step of another optimizer
         self.disarm()
         start = time.perf_counter()
         if self._begun is None:
@@ -187,8 +190,7 @@ class ProbeSession:
         try:
             self._recorder = UpdateRecorder(self.model, optimizers)
             self._recorder.snapshot(moments=bool(self.causes.counterfactuals))
-            left_out = LeftOut(self.model, self._recorder.names)
-            self.left_out = left_out if left_out.parameters else None
+            self.left_out = left_out or self._not_of(self._recorder)
         except Exception as error:
             self._recorder, self._failure = None, error
         self._probing += time.perf_counter() - start
@@ -205,6 +207,10 @@ class ProbeSession:
                 self._recorder.took_step(optimizer)
             except Exception as error:
                 self._recorder, self._failure = None, error
+
+    def _not_of(self, recorder: UpdateRecorder) -> LeftOut | None:
+        left_out = LeftOut(self.model, recorder.names)
+        return left_out if left_out.parameters else None
 
     @property
     def holds_moved(self) -> bool:

@@ -82,7 +82,7 @@ def changes(module: Both, step: int) -> dict[str, float]:
 
 def run(module: Both, folder: Path, **options: Any) -> list[dict[str, Any]]:
     callback = probe(every_n_steps=1, **options)
-    fit(module, folder, callback, steps=4, gradient_clip_val=None)
+    fit(module, folder, callback, steps=4, gradient_clip_val=None, logger=False)
     return callback.records
 
 
@@ -116,9 +116,6 @@ def test_the_step_that_all_take_together(tmp_path, kind):
         assert record["lr"] * record["update_norm"] == pytest.approx(expected, rel=1e-12)
         assert "update_left_out" not in record
         assert (record["update_components"] is None) == (kind is WithMuon)
-    again = run(kind(), tmp_path, optimizer=[1, 0])
-    for record, other in zip(records, again, strict=True):
-        assert record["sweep"] == other["sweep"]
 
 
 @pytest.mark.parametrize(("which", "own", "other"), [(0, "lora_A", "lora_B"), (1, "lora_B", "lora_A")])
@@ -132,10 +129,8 @@ def test_what_one_of_them_leaves_out_is_said(tmp_path, which, own, other):
         assert record["lr"] * record["update_norm"] == pytest.approx(change[own], rel=1e-12)
         left_out = record["update_left_out"]
         assert left_out["parameters"] == pytest.approx(sizes[other] / sum(sizes.values()))
-        # Nothing is seen of those that step before the probe keeps θ: the update itself begins there.
-        seen = change[other] if which == 0 else 0.0
-        assert left_out["change"] == pytest.approx(seen / math.hypot(seen, change[own]), rel=1e-9)
-        assert any("leaves out" in sentence and 'optimizer="all"' in sentence for sentence in record["warnings"])
+        assert left_out["change"] == pytest.approx(change[other] / math.hypot(*change.values()), rel=1e-9)
+        assert any("whose change is" in sentence and 'optimizer="all"' in sentence for sentence in record["warnings"])
 
 
 def test_little_is_left_out_without_a_word():
@@ -163,9 +158,9 @@ def test_steps_that_are_not_one(tmp_path, kind, said):
 
 
 def test_several_rounds_in_one_training_step(tmp_path):
-    module = Rounds()
-    records = run(module, tmp_path, optimizer="all")
+    records = run(Rounds(), tmp_path, optimizer=0)
     assert [(r["step"], r["status"]) for r in records] == [(0, "ok"), (1, "ok")]
+    assert all(0 < r["update_left_out"]["change"] < 1 for r in records)
 
 
 def test_one_that_a_gradient_scaler_skips(tmp_path):
@@ -180,16 +175,17 @@ def test_one_that_a_gradient_scaler_skips(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     callback = probe(every_n_steps=1, optimizer="all")
-    fit(Overflows(), tmp_path, callback, steps=4, gradient_clip_val=None, plugins=[plugin])
+    fit(Overflows(), tmp_path, callback, steps=3, gradient_clip_val=None, logger=False, plugins=[plugin])
     assert [r["status"] for r in callback.records][:2] == ["failed", "ok"]
     assert "got 0: SGD 0×, 1: AdamW 1×" in callback.records[0]["message"]
 
 
-@pytest.mark.parametrize("which", ["all", [0, 1]])
-def test_the_count_goes_on_from_a_checkpoint(tmp_path, which):
-    callbacks: list[Any] = [probe(every_n_steps=1, optimizer=which) for _ in range(2)]
-    trainer = fit(Both(), tmp_path, callbacks[0], steps=4, gradient_clip_val=None)
+def test_the_count_goes_on_from_a_checkpoint(tmp_path):
+    """Of the steps that they take together; Lightning counts each."""
+    callbacks: list[Any] = [probe(every_n_steps=1, optimizer=which) for which in ([0, 1], (0, 1))]
+    options: dict[str, Any] = {"gradient_clip_val": None, "logger": False}
+    trainer = fit(Both(), tmp_path, callbacks[0], steps=2, **options)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = fit(Both(), tmp_path, callbacks[1], steps=8, gradient_clip_val=None, ckpt_path=tmp_path / "half.ckpt")
-    assert resumed.global_step == 8
-    assert [r["step"] for c in callbacks for r in c.records] == [0, 1, 2, 3]
+    resumed = fit(Both(), tmp_path, callbacks[1], steps=4, ckpt_path=tmp_path / "half.ckpt", **options)
+    assert resumed.global_step == 4
+    assert [r["step"] for c in callbacks for r in c.records] == [0, 1]
