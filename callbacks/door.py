@@ -436,6 +436,7 @@ class ProbeDoor:
 
     def _before_step(self) -> None:
         self._stop_if_interrupted()
+        self._settle()
         if self._session is not None and self._step is not None and self.is_due(self._step):
             self._session.arm(self._watched)
 

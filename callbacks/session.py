@@ -7,7 +7,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,6 +195,8 @@ class ProbeSession:
         else:
             owned = {id(parameter) for parameter in self.model.parameters()}
             self._mark = Mark(p for p in parameters if id(p) in owned)
+            with suppress(Exception):  # arm() will say it
+                self.left_out = self._not_of(self._recorder_of(optimizers))
 
     def arm(self, optimizers: Sequence[Stepping]) -> None:
         """Before the step: keep θ, if it is not kept already and has moved since the passes began.
@@ -203,17 +205,16 @@ class ProbeSession:
         """
         if self.holds_moved:
             return
+        left_out = self.left_out  # from before the passes, or the step of another optimizer
         self.disarm()
         start = time.perf_counter()
         if self._begun is None:
             self._begun = start
         try:
             self.note_adapters(optimizers)  # an adapter may show only by its steps that it is trained
-            watches = self.adapter.watches()
-            self._recorder = UpdateRecorder(self.model, optimizers, watches)
+            self._recorder = self._recorder_of(optimizers)
             self._recorder.snapshot(moments=bool(self.causes.counterfactuals))
-            left_out = LeftOut(self.model, self._recorder.names, watches)
-            self.left_out = left_out if left_out.parameters else None
+            self.left_out = left_out or self._not_of(self._recorder)
         except Exception as error:
             self._recorder, self._failure = None, error
         self._probing += time.perf_counter() - start
@@ -250,6 +251,13 @@ class ProbeSession:
                 self._recorder.took_step(optimizer)
             except Exception as error:
                 self._recorder, self._failure = None, error
+
+    def _recorder_of(self, optimizers: Sequence[Stepping]) -> UpdateRecorder:
+        return UpdateRecorder(self.model, optimizers, self.adapter.watches())
+
+    def _not_of(self, recorder: UpdateRecorder) -> LeftOut | None:
+        left_out = LeftOut(self.model, recorder.names, self.adapter.watches())
+        return left_out if left_out.parameters else None
 
     @property
     def holds_moved(self) -> bool:

@@ -83,7 +83,7 @@ def token_standard_errors(
     if preconditioner is None:
         raise ValueError(
             "expected an update with a preconditioner, got none: "
-            f"{update.split_absent or 'read it with record_update, or give preconditioner='}"
+            f"{update.why_no_preconditioner or 'read it with record_update, or give preconditioner='}"
         )
     scoring: dict[str, Any] = {
         "temperature": temperature,

@@ -112,7 +112,7 @@ def attribute_update(
     if update.components is None or update.preconditioner is None:
         raise ValueError(
             "expected an update with components and preconditioner, got none: "
-            f"{update.split_absent or 'read it with record_update, or give components='}"
+            f"{update.why_no_preconditioner or 'read it with record_update, or give components='}"
         )
     scoring: dict[str, Any] = {
         "temperature": temperature,

@@ -98,7 +98,7 @@ def influence_matrix(
     if update.preconditioner is None:
         raise ValueError(
             "expected an update with a preconditioner, got none: "
-            f"{update.split_absent or 'read it with record_update, or give preconditioner='}"
+            f"{update.why_no_preconditioner or 'read it with record_update, or give preconditioner='}"
         )
     influence_matrix_cost(model, len(eval_rollout), len(update_rollout), update, max_bytes=max_bytes)  # or refuse
     names = list(update.preconditioner)

@@ -54,10 +54,10 @@ class SplitCheck:
         """
         unexplained = self._sums.add(change, parts)
         eps = torch.finfo(before.dtype).eps
-        size = torch.maximum(before.abs(), after.abs()).double()
-        rounding = size.mul_(0.5 * ROUNDINGS * steps * eps).add_(torch.finfo(before.dtype).smallest_normal * eps)
+        rounding = before.abs()  # in place, and in the parameter's dtype: every float64 copy of a large one counts
+        torch.maximum(rounding, after.abs(), out=rounding)
+        rounding.mul_(0.5 * ROUNDINGS * steps * eps).add_(torch.finfo(before.dtype).smallest_normal)
         beyond = float(unexplained.abs_().mul_(self.lr).sub_(rounding).clamp_(min=0).norm())
-        del rounding, size
         relative = max(ARITHMETIC, HALF_PRECISION * eps) if before.dtype.itemsize < 4 else ARITHMETIC
         allowed = relative * self.lr * sum(float(part.norm()) for part in parts.values())
         if beyond > allowed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,65 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from entropy_pl.updates.change import Change, Splits, Stepped, kept_update, lazy_update, split_in_turn
-from entropy_pl.updates.check import made_or_why_not
 from entropy_pl.updates.displace import parameters_set_to
-from entropy_pl.updates.family import Family, Moments, family_of
 from entropy_pl.updates.shared import Alias, aliases_of
-from entropy_pl.updates.split import NextSplitter, Split, Splitter, check_gradient, update_of
-from entropy_pl.updates.steps import Stepping, holders, parameters_of, stepper_name, was_skipped, watch_steps
+from entropy_pl.updates.split import NextSplitter, Split, check_gradient, update_of
+from entropy_pl.updates.steps import Stepping, holders, stepper_name, was_skipped, watch_steps
 from entropy_pl.updates.vector import UpdateVector
-
-
-@dataclass(eq=False)
-class _Watched:
-    """One of the optimizers, and what is known of its step.
-
-    Args:
-        optimizer: the one that holds the state.
-        names: id → name, of its parameters that are watched.
-        family: the ways to take its step apart.
-        moments: of before the step.
-        absent: why its step cannot be taken apart, in words.
-    """
-
-    optimizer: Any
-    names: Mapping[int, str]
-    family: Family
-    moments: Mapping[str, Moments] = field(default_factory=dict)
-    absent: str | None = None
-
-    def keep(self, everything: bool) -> None:
-        """Before the step."""
-        kept, self.absent = made_or_why_not(
-            lambda: self.family.keep(self.optimizer, self.names, everything), stepper_name(self.optimizer)
-        )
-        self.moments = kept or {}
-
-    def rate(self) -> float:
-        """The largest learning rate of its groups that hold something watched."""
-        return max(
-            _rate(group)
-            for group in self.optimizer.param_groups
-            if any(id(parameter) in self.names for parameter in group["params"])
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """One optimizer's step, as it stood right after it.
-
-    Args:
-        lr: its largest learning rate.
-        splits: by parameter name, per unit of that rate (of 1, if it is 0).
-        next_splits: of a step with another gradient, likewise.
-        absent: why it cannot be taken apart.
-    """
-
-    lr: float
-    splits: Mapping[str, Splitter] = field(default_factory=dict)
-    next_splits: Mapping[str, NextSplitter] = field(default_factory=dict)
-    absent: str | None = None
-
+from entropy_pl.updates.watched import TakenStep, Watched
 
 # Owner of memory → what was stepped on it, one after another: parameter, its splitter, its unit and its place.
 _InTurn = Mapping[str, Sequence[tuple[str, Any, float, Alias | None]]]
@@ -110,22 +56,20 @@ class UpdateRecorder:
         given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         trainable = {n: p for n, p in model.named_parameters() if watches(p)}
         name_of = {id(p): n for n, p in trainable.items()}
-        self._watched: list[_Watched] = []
+        self._watched: list[Watched] = []
         for one in given:
-            for inner in holders(one):
-                names_of = {id(p): name_of[id(p)] for p in parameters_of(inner) if id(p) in name_of}
-                if names_of:
-                    self._watched.append(_Watched(inner, names_of, family_of(inner)))
-            if not self._watched or not names_of:
+            watched = [Watched.of(inner, name_of) for inner in holders(one)]
+            self._watched += [inner for inner in watched if inner.names]
+            if not any(inner.names for inner in watched):
                 raise ValueError(
                     f"expected {stepper_name(one)} to hold trainable parameters of {type(model).__name__}, "
                     "got none: pass the parameters with requires_grad=True to the optimizer, of this very model object"
                 )
-        names = {name for watched in self._watched for name in watched.names.values()}
+        names = {name for inner in self._watched for name in inner.names.values()}
         held = {n: p for n, p in trainable.items() if n in names}
         self._aliases = aliases_of(held, held)
         self._parameters = {n: p for n, p in held.items() if n not in self._aliases}
-        self._steps: dict[int, _Step] = {}
+        self._steps: dict[int, TakenStep] = {}
         self._before: dict[str, Tensor] | None = None
         self._all_moments = False
         self._no_split: str | None = None
@@ -223,14 +167,14 @@ class UpdateRecorder:
         absent = self._no_split if moved else "the step moved no parameter"
         splits = None
         if not absent:
-            stepped = self._in_turn([(step.splits, _unit(step) / lr) for step in steps])
+            stepped = self._in_turn([(step.splits, step.unit / lr) for step in steps])
             in_turn = {owner: [Stepped(*rest) for _, *rest in steps_on] for owner, steps_on in stepped.items()}
             splits = Splits(before, in_turn, lr, " and ".join(stepper_name(w.optimizer) for w in order))
         self._update = (kept_update if keep else lazy_update)(change, splits, lr, absent)
         if moved:
             self._no_split = self._update.split_absent
         if self._all_moments and lr > 0 and not self._no_split:
-            self._next = self._in_turn([(step.next_splits, _unit(step) / lr) for step in steps])
+            self._next = self._in_turn([(step.next_splits, step.unit / lr) for step in steps])
         return self._update
 
     @torch.no_grad()
@@ -318,24 +262,8 @@ class UpdateRecorder:
         before = self._snapshot()
         return before | {name: alias.of(before[alias.owner]) for name, alias in self._aliases.items()}
 
-    def _taken(self, watched: _Watched) -> _Step:
-        """What is known of an optimizer's step right after it."""
-        optimizer, names, family = watched.optimizer, watched.names, watched.family
-        lr = watched.rate()
-        absent = watched.absent or family.why_no_split(optimizer, names)
-        if absent:
-            return _Step(lr, absent=absent)
-
-        def made() -> _Step:
-            unit = lr if lr > 0 else 1.0
-            splits = family.splits(optimizer, names, unit, watched.moments, self._thetas())
-            if not self._all_moments:
-                return _Step(lr, splits)
-            # Now: a scheduler may move the learning rate.
-            return _Step(lr, splits, family.next_splits(optimizer, names, unit, watched.moments))
-
-        step, absent = made_or_why_not(made, stepper_name(optimizer))
-        return _Step(lr, absent=absent) if step is None else step
+    def _taken(self, watched: Watched) -> TakenStep:
+        return watched.taken(self._thetas(), self._all_moments)
 
     def _in_turn(self, steps: Sequence[tuple[Mapping[str, Any], float]]) -> _InTurn:
         """Splitters of several optimizers, each with its unit, by owner of memory."""
@@ -349,15 +277,6 @@ class UpdateRecorder:
 
 def _with_gradient(split: NextSplitter, gradient: Tensor | None, momentum: bool, theta: Tensor) -> Split:
     return split(gradient, theta, momentum=momentum)
-
-
-def _unit(step: _Step) -> float:
-    return step.lr if step.lr > 0 else 1.0
-
-
-def _rate(group: Mapping[str, Any]) -> float:
-    rate = group.get("lr")
-    return 1.0 if rate is None else float(rate)
 
 
 @contextmanager

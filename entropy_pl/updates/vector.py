@@ -147,6 +147,11 @@ class UpdateVector:
     preconditioner_absent: str | None = field(default=None, repr=False)
     sizes: SplitSizes | None = field(default=None, repr=False)
 
+    @property
+    def why_no_preconditioner(self) -> str | None:
+        """In words; None where there is one, or nobody asked for it."""
+        return self.split_absent or self.preconditioner_absent
+
     def norm(self) -> float:
         """Euclidean norm over all parameters."""
         return math.sqrt(self.dot(self))
