@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.attention import BlockwiseAttention
@@ -21,7 +20,6 @@ from entropy_pl.policy.precision import evaluation, quantized_layers, refuse_qua
 from entropy_pl.policy.score import completion_stats, token_stats
 from entropy_pl.rollout import Rollout, TokenStats
 from entropy_pl.updates.displace import parameters_named
-from entropy_pl.updates.shared import aliased
 from entropy_pl.updates.vector import UpdateVector
 
 Method = Literal["auto", "forward_mode", "central_difference"]
@@ -278,36 +276,21 @@ def _forward_mode(
     dtype: torch.dtype,
     max_batch_tokens: int | None,
 ) -> Tangents:
-    primal = {name: p.detach() for name, p in parameters_named(model, update.direction).items()}
-    tangent = {name: v.to(primal[name]) for name, v in update.direction.items()}
-    others = aliased(model, primal)
+    parameters = parameters_named(model, update.direction)
+    tangent = {name: v.to(parameters[name].detach()) for name, v in update.direction.items()}  # a lazy one once
 
     def score(part: Rollout) -> tuple[Tensor, ...]:
-        def at(theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            caller = _StatsOf(model, part, temperature, dtype)
-            theta = theta | {name: alias.of(theta[alias.owner]) for name, alias in others.items()}
-            return functional_call(caller, {f"model.{name}": value for name, value in theta.items()}, ())
+        def stats() -> tuple[Tensor, Tensor]:
+            return completion_stats(model, part, temperature, dtype)
 
-        (logp, entropy), (logp_dot, entropy_dot) = derivatives(at, primal, tangent)
-        return logp, entropy, logp_dot, entropy_dot
+        values, rates = derivatives(model, tangent, stats)
+        return *values, *rates
 
     # Compiled kernels have no forward-mode derivative either.
     with BlockwiseAttention(), differentiable_experts(model), compiled_statistics(False):
         s, h, s1, h1 = over_micro_batches(model, rollout, score, outputs=4, max_batch_tokens=max_batch_tokens)
     mask = rollout.completion_mask.to(s.device)
     return Tangents(TokenStats(s, h, mask), TokenStats(s1, h1, mask), None, "forward_mode")
-
-
-class _StatsOf(nn.Module):
-    """`completion_stats` as a module, which `functional_call` can give other parameters."""
-
-    def __init__(self, model: nn.Module, rollout: Rollout, temperature: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model = model
-        self._arguments = (rollout, temperature, dtype)
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return completion_stats(self.model, *self._arguments)
 
 
 def _difference_step(
