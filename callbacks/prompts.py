@@ -89,7 +89,7 @@ def find_prompts(given: Any, kept: Any, tokenizer: PreTrainedTokenizerBase, colu
     Raises:
         ValueError: if there are none, or as :func:`prompt_texts`.
     """
-    with isolated_rng():  # a dataset may transform its rows at random
+    with isolated_rng(0):  # a dataset may transform its rows at random: in every process, and if resumed, alike
         return Rendering(tokenizer).prompts(prompts_in(given_or_kept(given, kept), column))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from entropy_pl.callbacks.attach import find_tokenizer
 from entropy_pl.callbacks.prompts import DEFAULT_COLUMN, prompts_in, row_of
 from entropy_pl.callbacks.rendering import Prompt, Rendering
 from entropy_pl.policy.rng import isolated_rng
@@ -28,30 +29,29 @@ class TrainerPrompts:
         trainer: a Trainer; None where it is not known.
         args: its arguments.
         processing_class: its tokenizer or processor.
-        tokenizer: of the policy; where it is not the trainer's, it renders the prompts with the trainer's options.
+        tokenizer: of the policy; a trainer that has a way of its own uses its own.
     """
 
     def __init__(self, trainer: Any, args: Any, processing_class: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self._trainer = trainer
         self.warnings: list[str] = []
         """What keeps the prompts from being those that the trainer would make, as sentences."""
-        self._is_own = tokenizer is getattr(processing_class, "tokenizer", processing_class) or (
-            tokenizer is processing_class
-        )
-        generates = hasattr(args, "num_generations")  # TRL's trainers that sample
-        encodes = hasattr(trainer, ENCODING)
-        self._encodes = encodes and self._is_own
+        self._encodes = hasattr(trainer, ENCODING)
+        self._generates = self._encodes or hasattr(args, "num_generations")  # as TRL's trainers that sample
         options: dict[str, Any] = dict(
             getattr(trainer, "chat_template_kwargs", None) or getattr(args, "chat_template_kwargs", None) or {}
         )
         for name in ("tools", "chat_template"):
             if getattr(trainer, name, None):
                 options[name] = getattr(trainer, name)
-        processor = processing_class if isinstance(processing_class, ProcessorMixin) and self._is_own else None
-        template = processor if getattr(processor, "chat_template", None) else None
-        # TRL closes an assistant's turn and begins another
-        self.rendering = Rendering(tokenizer, template, options, continues=not (generates or encodes))
-        self._is_heard = encodes or generates
+        own = trainer.processing_class if self._encodes else processing_class
+        template = own if isinstance(own, ProcessorMixin) and getattr(own, "chat_template", None) else None
+        self.rendering = Rendering(
+            find_tokenizer(own, []) if self._encodes else tokenizer,
+            template,
+            options,
+            continues=not self._generates,  # TRL closes an assistant's turn and begins another
+        )
 
     def prompts(self, given: Any, column: str = DEFAULT_COLUMN) -> list[Prompt]:
         """Texts and tokens. A text is without what an environment adds to it.
@@ -64,7 +64,8 @@ class TrainerPrompts:
             ValueError: as :meth:`entropy_pl.callbacks.rendering.Rendering.prompts`, or for prompts with images, or if
                 the trainer's way to render them loses what they say.
         """
-        with isolated_rng():  # a dataset may transform its rows at random, an environment may draw
+        # a dataset may transform its rows at random, an environment may draw: in every process, and if resumed, alike
+        with isolated_rng(0):
             raw = prompts_in(given, column)
             ours = self.rendering.prompts(raw)
             if not self._encodes:
@@ -89,22 +90,16 @@ class TrainerPrompts:
         return type(self._trainer).__name__
 
     def _say_what_is_unknown(self, chats: bool) -> None:
-        if self._trainer is None:
-            if chats and self._is_heard:
-                self.warnings.append(
-                    "E prompts are rendered by the tokenizer's chat template, without tools or environments, of which "
-                    "the probe does not know as long as it is not told its trainer: "
-                    "EntropyProbeTrainerCallback(..., trainer=trainer)"
-                )
-        elif not self._is_own and self._is_heard:
-            self.warnings.append(
-                f"E prompts are encoded by the tokenizer that the probe was given, not by {self._name}'s own: they may "
-                "differ from the run's. Leave tokenizer= out to have the run's"
-            )
-        elif self._is_heard:
+        if self._trainer is not None and self._generates:
             self.warnings.append(
                 f"E prompts are encoded by the tokenizer and its chat template, not by {self._name}, which has no "
                 f"{ENCODING}: they may differ from the run's"
+            )
+        elif chats and self._generates:
+            self.warnings.append(
+                "E prompts are rendered by the tokenizer's chat template, without tools or environments, of which the "
+                "probe does not know as long as it is not told its trainer: "
+                "EntropyProbeTrainerCallback(..., trainer=trainer)"
             )
 
     def _by_the_trainer(self, raw: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> dict[int, tuple[int, ...]]:

@@ -233,11 +233,30 @@ def test_a_rollout_of_its_own_and_a_method_that_fails(trainer):
     assert "_tokenize_prompts did not take them (TypeError: " in prompts.warnings[-1]
 
 
-def test_a_tokenizer_of_the_probes_own(trainer):
-    other = chatting_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
-    [found] = (prompts := of(trainer, other)).prompts([chat("1+1=")])
-    assert found.text == "1+1="
-    assert "encoded by the tokenizer that the probe was given, not by GRPOTrainer's own" in prompts.warnings[0]
+def test_a_tokenizer_of_the_probes_own_does_not_make_the_prompts(trainer):
+    other = chatting_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}", "<bos> $A")
+    found = of(trainer, other).prompts([chat("1+1="), "1+1="])
+    assert [prompt.text for prompt in found] == ["<user>1+1=\n<assistant>", "1+1="]
+    assert other.bos_token_id not in {token for prompt in found for token in prompt.ids}
+
+
+def test_a_processor_renders_by_its_own_template_and_adds_what_it_adds(trainer):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    tokenizer = chatting_tokenizer(template=TEMPLATE, added="<bos> $A")
+    trainer._is_vlm, trainer.processing_class = (
+        True,
+        transformers.LlavaProcessor(
+            image_processor=transformers.CLIPImageProcessor(), tokenizer=tokenizer, chat_template=OF_PARTS
+        ),
+    )
+    in_parts = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in ("1+1", "2+2")]
+    found = (prompts := of(trainer, tokenizer)).prompts(in_parts)
+    expected = [by_hand(trainer.processing_class, c, tokenize=True, return_dict=True)[0] for c in in_parts]
+    assert [list(prompt.ids) for prompt in found] == expected
+    assert found[0].ids[0] == tokenizer.bos_token_id  # unlike tokenizers, processors add it to a chat
+    assert [prompt.text for prompt in found] == ["1+1=", "2+2="]
+    assert prompts.warnings == []
 
 
 def test_without_its_trainer_tools_are_said_to_be_unknown(trainer):
