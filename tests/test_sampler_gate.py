@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModelForCausalLM
+from broken_policies import BaseSampler, Crowded, SeesPadding, Stale, broken
+from peft import LoraConfig
 from tiny import build_model, build_tokenizer
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen2ForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from entropy_pl.peers import Peers
 from entropy_pl.policy import GeneratedLogProbs, evaluation, float64_evaluation, isolated_rng, sample_completions
@@ -20,46 +21,6 @@ from entropy_pl.rollout import Rollout
 
 TOKENIZER = build_tokenizer()
 PROMPTS = ["1+2=", "what is 12 + 3?", "a", "((3)*(4))", "1+2=", "12=", "what is it", "7-7", "no", "5*5*5="]
-
-
-class Stale(Qwen2ForCausalLM):
-    """Its cache fades: keys are not those that a pass over the whole sequence has."""
-
-    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        for layer in [] if past_key_values is None else past_key_values.layers:
-            if layer.get_seq_length():
-                layer.keys.mul_(0.9)
-        return super().forward(*args, past_key_values=past_key_values, **kwargs)
-
-
-class SeesPadding(Qwen2ForCausalLM):
-    """It reads the padding that generate puts before short prompts."""
-
-    def forward(self, *args: Any, attention_mask: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)
-
-
-class Crowded(Qwen2ForCausalLM):
-    """What it says depends on how many sequences it is given at once."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(*args, **kwargs)
-        output.logits = output.logits * (1 + 0.01 * len(kwargs["input_ids"]))
-        return output
-
-
-class BaseSampler(PeftModelForCausalLM):
-    """Its generate leaves the adapter out."""
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self.disable_adapter():
-            return super().generate(*args, **kwargs)
-
-
-def broken(kind: type[Qwen2ForCausalLM]) -> nn.Module:
-    model = build_model(logit_scale=2.0)
-    model.__class__ = kind
-    return model
 
 
 def without_adapter() -> nn.Module:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from broken_policies import Stale
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +20,7 @@ from entropy_pl.measurements.update import u_gradient
 from entropy_pl.policy import trainable_parameters
 from entropy_pl.policy.logits import NonFiniteError
 from entropy_pl.policy.precision import float64_evaluation
+from entropy_pl.probe import SamplerMismatchError
 from entropy_pl.reporting import read_records
 
 LR = 1e-2
@@ -52,6 +54,20 @@ def loss_by_hand(model, groups):
         logp = torch.log_softmax(logits, -1).gather(1, completion[:, None]).sum()
         total = total - advantage * logp / (len(completion) * len(rollout))
     return total
+
+
+def test_sampler_and_scorer_are_compared_and_two_policies_refused(config, monkeypatch):
+    measurements = EntropyMeasurements(config())
+    assert 0 < measurements.draw().sampler_gap < 1e-5  # float32's rounding
+
+    measurements = EntropyMeasurements(config())
+    measurements.checkpoint.policy.model.get_base_model().__class__ = Stale
+    with pytest.raises(SamplerMismatchError, match="cache") as first:
+        measurements.draw()
+    monkeypatch.setattr("entropy_pl.measurements.engine.draw_e_batch", None)  # not drawn again
+    with pytest.raises(SamplerMismatchError) as second:
+        measurements.draw()
+    assert str(second.value) == str(first.value)
 
 
 def flat(direction, names):
