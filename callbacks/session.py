@@ -7,7 +7,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,16 +187,21 @@ class ProbeSession:
         if self._begun_step == step:
             return
         self._begun_step = step
-        parameters = [p for one in optimizers for inner in holders(one) for p in parameters_of(inner)]
-        self._in_backward = self._in_backward or may_move_in_backward(parameters)
+        start = time.perf_counter()
+        try:
+            parameters = [p for one in optimizers for inner in holders(one) for p in parameters_of(inner)]
+            self._in_backward = self._in_backward or may_move_in_backward(parameters)
+            if not self._in_backward:
+                owned = {id(parameter) for parameter in self.model.parameters()}
+                self._mark = Mark(p for p in parameters if id(p) in owned)
+                self.left_out = self._not_of(self._recorder_of(optimizers))
+        except Exception as error:  # nothing here is worth a training run; arm() will say what it is
+            self._mark = self.left_out = None
+            warnings.warn(f"entropy probe: θ could not be marked before step {step}. {error}", stacklevel=2)
+        self._probing += time.perf_counter() - start
         if self._in_backward:
             self.arm(optimizers)
             self._from_beginning = self._recorder is not None
-        else:
-            owned = {id(parameter) for parameter in self.model.parameters()}
-            self._mark = Mark(p for p in parameters if id(p) in owned)
-            with suppress(Exception):  # arm() will say it
-                self.left_out = self._not_of(self._recorder_of(optimizers))
 
     def arm(self, optimizers: Sequence[Stepping]) -> None:
         """Before the step: keep θ, if it is not kept already and has moved since the passes began.
