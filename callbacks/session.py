@@ -24,7 +24,7 @@ from entropy_pl.probe import (
     ATTRIBUTION_PASSES,
     EntropyProbe,
     ProbeMemory,
-    dry_run,
+    take_dry_run,
     peak_memory,
     probe_memory,
     timed,
@@ -112,7 +112,7 @@ class ProbeSession:
             )
         self.probe.check(self.model)
         self._prompt_tokens = check_prompts(self.model, self.tokenizer, self.prompts, self.max_new_tokens)
-        self.warnings += dry_run(
+        self.warnings += take_dry_run(
             self.probe,
             self.model,
             self.tokenizer,

@@ -5,7 +5,7 @@ Model passes and arithmetic are apart: :meth:`EntropyProbe.collect` scores, :met
 """
 
 from entropy_pl.probe.cost import ProbeMemory, probe_memory
-from entropy_pl.probe.dry_run import dry_run
+from entropy_pl.probe.dry_run import take_dry_run
 from entropy_pl.probe.engine import ATTRIBUTION_PASSES, EntropyProbe
 from entropy_pl.probe.memory import PeakMemory, peak_memory, what_happened
 from entropy_pl.probe.result import Counterfactual, ProbeResult, SweepPoint, SymmetricPoint
@@ -25,7 +25,7 @@ __all__ = [
     "ProbeSettings",
     "SweepPoint",
     "SymmetricPoint",
-    "dry_run",
+    "take_dry_run",
     "peak_memory",
     "probe_memory",
     "timed",
