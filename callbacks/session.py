@@ -27,9 +27,9 @@ from entropy_pl.probe import (
     EntropyProbe,
     ProbeMemory,
     SamplerGate,
-    dry_run,
     peak_memory,
     probe_memory,
+    take_dry_run,
     timed,
     what_happened,
 )
@@ -143,7 +143,7 @@ class ProbeSession:
         begun = [prompt.ids for prompt in self.prompts]
         self._prompt_tokens = check_prompts(self.model, self.tokenizer, begun, self.max_new_tokens)
         with self.adapter.active():
-            self.warnings += dry_run(
+            self.warnings += take_dry_run(
                 self.probe,
                 self.model,
                 self.tokenizer,

@@ -12,6 +12,7 @@ from tiny import build_model, build_tokenizer
 from entropy_pl import EntropyProbe, Rollout, UpdateVector, sample_completions
 from entropy_pl.peers import PeerError, Peers
 from entropy_pl.policy.rng import isolated_rng
+from entropy_pl.probe import take_dry_run
 
 PROMPTS = [f"{a}+{b}=" for a in range(3) for b in range(4)]
 
@@ -122,10 +123,25 @@ def diverge(rank: int) -> str:
     return "measured"
 
 
+def cannot(rank: int) -> list[str]:
+    """What rank 1 cannot do: score, and score in a dry run."""
+    said, model = [diverge(rank)], build_model()
+    if rank == 1:
+        model.lm_head.register_forward_hook(lambda *_: model.no_such_kernel)
+    try:
+        take_dry_run(EntropyProbe(), model, build_tokenizer(), ["1+1=", "2+2="], peers=Peers.of_this_run())
+    except Exception as error:
+        said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
 def test_a_share_that_cannot_be_scored_fails_the_measurement_everywhere(tmp_path):
-    first, second = run_processes(diverge, 2, tmp_path)
+    (first, refused_too), (second, refused) = run_processes(cannot, 2, tmp_path)
     assert second.startswith("NonFiniteError: expected finite logits")
     assert first.startswith("PeerError: process 1 failed: NonFiniteError: expected finite logits")
+    assert refused.startswith("ValueError: expected a policy of which a probe can be taken")
+    assert "in sampling them: AttributeError: " in refused
+    assert refused_too == f"PeerError: process 1 failed: {refused}"
 
 
 def test_a_failure_in_a_block_within_a_block_is_told_once(monkeypatch):

@@ -24,7 +24,7 @@ from entropy_pl.measurements.training import differences_from_training
 from entropy_pl.measurements.update import MeasuredUpdate, update_from_optimizer, update_from_pair
 from entropy_pl.policy import Checkpoint, GeneratedLogProbs, checkpoint_weights, decode_completions, load_checkpoint
 from entropy_pl.policy.precision import matmul_precision
-from entropy_pl.probe import ProbeResult, ProbeScores, SamplerGate, dry_run, timed
+from entropy_pl.probe import ProbeResult, ProbeScores, SamplerGate, take_dry_run, timed
 from entropy_pl.progress import progress
 from entropy_pl.reporting import SCHEMA, DetailedLog, MeasuredBatch, Record, config_hash
 from entropy_pl.rollout import Rollout
@@ -190,7 +190,7 @@ class EntropyMeasurements:
         with matmul_precision(settings.precision.products):
             if self._of_dry_run is None:
                 of_a_pair = settings.checkpoint.after_checkpoint_path is not None
-                self._of_dry_run = dry_run(
+                self._of_dry_run = take_dry_run(
                     settings.probe(),
                     policy.model,
                     policy.tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
@@ -30,3 +31,17 @@ def refuse_not_causal(model: nn.Module) -> None:
         "is needed, for the entropy measured is that of completions it writes itself. Name the policy where it is "
         "another part of the run, or leave the probe out"
     )
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """Refuse a policy whose adapter is merged into the weights below it: neither training nor a probe would move it.
+
+    Raises:
+        ValueError: naming the first layer.
+    """
+    merged = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and m.merged]
+    if merged:
+        raise ValueError(
+            f"expected adapters beside the weights they are trained on, got {merged[0]} ({len(merged)} in all) merged "
+            "into them: the policy would not move with its trainable parameters. Call unmerge_adapter() first"
+        )

@@ -5,7 +5,7 @@ Model passes and arithmetic are apart: :meth:`EntropyProbe.collect` scores, :met
 """
 
 from entropy_pl.probe.cost import ProbeMemory, probe_memory
-from entropy_pl.probe.dry_run import dry_run
+from entropy_pl.probe.dry_run import take_dry_run
 from entropy_pl.probe.engine import ATTRIBUTION_PASSES, EntropyProbe
 from entropy_pl.probe.memory import PeakMemory, peak_memory, what_happened
 from entropy_pl.probe.result import Counterfactual, ProbeResult, SweepPoint, SymmetricPoint
@@ -31,10 +31,10 @@ __all__ = [
     "SweepPoint",
     "SymmetricPoint",
     "WithheldError",
-    "dry_run",
     "peak_memory",
     "probe_memory",
     "sampler_gap",
+    "take_dry_run",
     "timed",
     "what_happened",
 ]

@@ -21,7 +21,7 @@ from entropy_pl.attribution import (
 )
 from entropy_pl.estimators.reward import checked_rewards
 from entropy_pl.peers import ALONE, Peers
-from entropy_pl.policy.causal import refuse_not_causal
+from entropy_pl.policy.causal import refuse_merged, refuse_not_causal
 from entropy_pl.policy.logits import NonFiniteError, compiled_statistics
 from entropy_pl.policy.micro_batches import default_batch_tokens
 from entropy_pl.policy.precision import evaluation, float64_evaluation, refuse_quantized
@@ -67,10 +67,11 @@ class EntropyProbe(ProbeSettings):
         """Refuse a policy of which this probe could not be taken, before anything is drawn.
 
         Raises:
-            ValueError: for a model that is no causal language model, and for forward mode or float64 with quantized
-                layers.
+            ValueError: for a model that is no causal language model, an adapter that is merged, and for forward mode or
+                float64 with quantized layers.
         """
         refuse_not_causal(model)
+        refuse_merged(model)
         resolve_method(model, self.method)
         if self.precision == "float64":
             refuse_quantized(model, "float64", "load it unquantized, or probe in float32")
