@@ -106,7 +106,7 @@ def coarse_arithmetic(model: nn.Module) -> str | None:
     """
     if computes_in_half(model):
         return "it computes in half precision"
-    if torch.get_float32_matmul_precision() != "highest":
+    if _MATMUL_PRECISION.get() != "highest":
         return "its products are not in full float32 (matmul_precision)"
     if any(type(parameter).__name__ == "Int8Params" for parameter in model.parameters()):
         return "its activations are rounded to 8 bits"

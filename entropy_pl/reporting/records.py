@@ -34,10 +34,10 @@ Where attribution, rewards, predictors or counterfactual losses were asked for, 
 * ``absent``: which of these were asked for and are not there, and why, ``{name: reason}``.
 
 A probe within a run also has ``e_prompts`` (how many, a hash of their texts, and how many of them the run trains on),
-``processes`` (that shared the E-batch), ``sampler_gap`` (mean |log-prob as generated − as scored| of a few sequences, in
-nats a token, as measured last; null where nothing could be compared), ``memory`` (bytes beside the run's), ``seconds`` per phase and ``overhead``:
+``processes`` (that shared the E-batch), ``memory`` (bytes beside the run's), ``seconds`` per phase and ``overhead``:
 the seconds of all probes so far over those that the run has spent otherwise, since the first step that was probed in
-this process.
+this process. ``sampler_gap`` is the mean |log-prob as generated − as scored| of a few sequences, in nats a token, as
+measured last; null where nothing was compared.
 
 Files are strict JSON: a number that is not finite is written as null, since ``NaN`` is not JSON and most readers
 refuse it. A file whose name ends in ``.gz`` is compressed, every record a gzip member of its own: ``zcat`` reads it,
