@@ -413,6 +413,11 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
     ],
     # --------------------------------------------------------------------------------------------------- updates
     "entropy_pl/updates/displace.py": [
+        (
+            "parameters[name].data = alias.of(parameters[alias.owner].data)",
+            "pass",
+            "shared memory: one of two parameters stays behind",
+        ),
         ("theta.double() + eta *", "theta.double() - eta *", "θ − ηv instead of θ + ηv"),
     ],
     "entropy_pl/updates/change.py": [
@@ -424,7 +429,11 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
         ("change / self.lr", "change", "v is not per unit learning rate"),
     ],
     "entropy_pl/updates/record.py": [
-        ("lr = max(\n", "lr = min(\n", "lr_ref: the smallest rate instead of the largest"),
+        (
+            "lr = max(step.lr for step in steps)",
+            "lr = min(step.lr for step in steps)",
+            "lr_ref: the smallest of several optimizers' rates",
+        ),
     ],
     "entropy_pl/updates/vector.py": [
         ("return math.sqrt(self.dot(self))", "return self.dot(self)", "norm: no square root"),
@@ -560,13 +569,13 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "entropy term: sign flipped",
         ),
         (
-            'parts["gradient"] - tokens - entropy_term',
-            'parts["gradient"] - tokens',
+            'parts["gradient"] - values["tokens"] - entropy_term',
+            'parts["gradient"] - values["tokens"]',
             "remainder: entropy term forgotten",
         ),
         (
-            "logp - part.logp, entropy - part.entropy",
-            "logp + part.logp, entropy + part.entropy",
+            "logp + factor * part.logp, entropy + factor * part.entropy",
+            "logp - factor * part.logp, entropy - factor * part.entropy",
             "error bar of the gradient: sign flipped",
         ),
     ],
@@ -576,7 +585,7 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "count * values",
             "over U: the other prompts' larger share forgotten",
         ),
-        ("standard_error(whole.influence, clusters)[0]", "standard_error(whole.influence)[0]", "over E: no clustering"),
+        ("standard_error(whole.influence, clusters)", "standard_error(whole.influence)", "over E: no clustering"),
         (
             'mask.sum(1).double() if divided_by == "tokens"',
             'mask.sum(1).double() if divided_by != "tokens"',
@@ -651,6 +660,82 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "Clip-Cov: mask dropped",
         ),
     ],
+    # ------------------------------------------------------------------------------- when not to believe it
+    "callbacks/rendering.py": [
+        (
+            "self.tokenizer(rendered, add_special_tokens=False)",
+            "self.tokenizer(rendered)",
+            "chats get the tokenizer's special tokens as well",
+        ),
+    ],
+    "callbacks/trl_prompts.py": [
+        (
+            "Prompt(prompt.text, ids[place])",
+            "Prompt(prompt.text, prompt.ids)",
+            "E prompts without the trainer's own tokens",
+        ),
+    ],
+    "entropy_pl/policy/vocabulary.py": [
+        (
+            "spare > max(PADDING, SPARE * embeddings)",
+            "spare > PADDING",
+            "padded vocabularies are taken for foreign ones",
+        ),
+    ],
+    "entropy_pl/policy/wrapper.py": [
+        (
+            "return [None if start is None else length - start for start in starts]",
+            "return [None if start is None else length - start - 1 for start in starts]",
+            "activated LoRA: offset by one",
+        ),
+    ],
+    "entropy_pl/policy/positions.py": [
+        (
+            "(prompts <= boundary) & (prompts + rollout.completion_lengths > boundary)",
+            "(prompts <= boundary) & (prompts + rollout.completion_lengths >= boundary)",
+            "a sequence up to the boundary is taken to cross it",
+        ),
+    ],
+    "entropy_pl/policy/generated.py": [
+        (
+            "ids.shape[1] - 1 - self._prompt_width",
+            "ids.shape[1] - self._prompt_width",
+            "log-probs as generated: off by one position",
+        ),
+        (
+            ".double() / self._temperature",
+            ".double() * self._temperature",
+            "log-probs as generated: temperature the wrong way",
+        ),
+    ],
+    "entropy_pl/probe/sampler_gate.py": [
+        (
+            "if self.mean > self.allowed:",
+            "if self.mean > 10**6 * self.allowed:",
+            "a sampler that is another policy passes",
+        ),
+    ],
+    "entropy_pl/policy/measured_adapter.py": [
+        (
+            "if id(parameter) in other and id(parameter) not in acting:",
+            "if False:",
+            "the update holds other adapters too",
+        ),
+    ],
+    "entropy_pl/updates/check.py": [
+        ("if beyond > allowed:", "if beyond > 1e9 * allowed:", "a split that does not add up is offered"),
+        (".sub_(rounding).clamp_(min=0)", "", "the rounding of θ counts against the split"),
+    ],
+    "entropy_pl/policy/gradients.py": [
+        (
+            "total[others[name].owner] += others[name].onto_owner(gradient)",
+            "pass",
+            "shared memory: one of two gradients is lost",
+        ),
+    ],
+    "entropy_pl/updates/left_out.py": [
+        ("whole = math.hypot(change, taken_in)", "whole = taken_in", "what is left out: its share of the rest alone"),
+    ],
     # ----------------------------------------------------------------------------------------------- what travels
     "entropy_pl/rollout.py": [
         (
@@ -695,7 +780,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "entropy_pl/policy/score.py": ("tests/policy/test_score.py",),
     "entropy_pl/policy/tangents.py": ("tests/policy/test_tangents.py", f"{ATTRIBUTION}/test_errors.py"),
     "entropy_pl/policy/sample.py": ("tests/policy/test_sample.py",),
-    "entropy_pl/updates/displace.py": (f"{UPDATES}/test_displacement.py",),
+    "entropy_pl/updates/displace.py": (f"{UPDATES}/test_displacement.py", f"{UPDATES}/test_shared_memory.py"),
     "entropy_pl/updates/change.py": (f"{UPDATES}/test_update_record.py",),
     "entropy_pl/updates/record.py": (f"{UPDATES}/test_update_record.py", UPDATES),
     "entropy_pl/updates/vector.py": (f"{UPDATES}/test_update_vector.py", UPDATES),
@@ -719,6 +804,17 @@ TESTS: dict[str, tuple[str, ...]] = {
     "entropy_pl/objectives/covariance.py": (f"{OBJECTIVES}/test_covariance.py",),
     "entropy_pl/rollout.py": ("tests/test_rollout.py", "tests/policy/test_score.py"),
     "callbacks/door.py": ("tests/callbacks/test_entropy_probe.py",),
+    "callbacks/rendering.py": ("tests/callbacks/test_rendering.py",),
+    "callbacks/trl_prompts.py": ("tests/callbacks/test_trl_prompts.py",),
+    "entropy_pl/policy/vocabulary.py": ("tests/policy/test_vocabulary.py",),
+    "entropy_pl/policy/wrapper.py": ("tests/policy/test_wrapper.py",),
+    "entropy_pl/policy/positions.py": ("tests/policy/test_positions.py",),
+    "entropy_pl/policy/generated.py": ("tests/policy/test_generated.py",),
+    "entropy_pl/probe/sampler_gate.py": ("tests/test_sampler_gate.py",),
+    "entropy_pl/policy/measured_adapter.py": ("tests/callbacks/test_adapters.py",),
+    "entropy_pl/updates/check.py": (f"{UPDATES}/test_split_check.py",),
+    "entropy_pl/policy/gradients.py": (f"{UPDATES}/test_shared_memory.py",),
+    "entropy_pl/updates/left_out.py": ("tests/callbacks/test_optimizers_together.py",),
 }
 
 MUTATIONS = [Mutation(file, *change, TESTS[file]) for file, changes in CHANGES.items() for change in changes]
