@@ -106,6 +106,7 @@ class ProbeSession:
     """What is on while the policy is measured, whatever the run's last forward pass used."""
     _gate: SamplerGate = field(default_factory=SamplerGate, init=False, repr=False)
     _prompt_tokens: int = field(default=0, init=False, repr=False)
+    _optimizers: Sequence[Any] = field(default=(), init=False, repr=False)  # of the run, the one watched among them
     _told_of_adapters: bool = field(default=False, init=False, repr=False)
     _recorder: UpdateRecorder | None = field(default=None, init=False, repr=False)
     _failure: Exception | None = field(default=None, init=False, repr=False)
@@ -216,7 +217,7 @@ class ProbeSession:
         if self._begun is None:
             self._begun = start
         try:
-            self.note_adapters(optimizers)  # an adapter may show only by its steps that it is trained
+            self._optimizers = self._optimizers or optimizers
             self._recorder = self._recorder_of(optimizers)
             self._recorder.snapshot(moments=bool(self.causes.counterfactuals))
             self.left_out = left_out or self._not_of(self._recorder)
@@ -230,14 +231,15 @@ class ProbeSession:
         Args:
             optimizers: of the run.
         """
-        others = self.adapter.others_in(optimizers)
-        if not others or self._told_of_adapters:
+        self._optimizers = optimizers
+        others = [] if self._told_of_adapters else self.adapter.others_in(optimizers)
+        if not others:
             return
         self._told_of_adapters = True
         measured, beside = (", ".join(map(repr, names)) for names in (self.adapter.names, others))
         chosen = "as asked for" if self.adapter_name else "as it was when the run began"
         sentence = (
-            f"the run's optimizers hold several adapters of the policy, {measured} and {beside}: what is measured is "
+            f"the run trains several adapters of the policy, {measured} and {beside}: what is measured is "
             f"the policy with {measured} on, {chosen}, and what each step does to that; adapter='...' measures another"
         )
         self.warnings.append(sentence)
@@ -334,6 +336,7 @@ class ProbeSession:
         Returns:
             A record (see :mod:`entropy_pl.reporting.records`) of status ``ok``, ``no_movement`` or ``failed``.
         """
+        self.note_adapters(self._optimizers)  # an adapter may show only by its step that it is trained
         record = self._record(step, "ok")
         self.attributed = None
         start = time.perf_counter()

@@ -44,8 +44,8 @@ class MeasuredAdapter:
             with _put_back(model):
                 model.set_adapter(name)  # type: ignore[operator]  # PEFT's, or Transformers' own
                 self._switches = _switches(model)
-        layers = [value for _, attribute, value in self._switches if attribute == "_active_adapter"]
-        self.names: list[str] = sorted({adapter for value in layers for adapter in _listed(value)})
+        self._on = {id(a): _listed(value) for a, attribute, value in self._switches if attribute == "_active_adapter"}
+        self.names: list[str] = sorted({adapter for layer in self._on.values() for adapter in layer})
         """Of the adapters that are the policy; none where it has no adapter."""
 
     @contextmanager
@@ -82,14 +82,12 @@ class MeasuredAdapter:
 
         An adapter that is switched off just now counts as requiring one: PEFT has taken it away for the time.
         """
-        mine = {(id(a), name): value for a, name, value in self._switches}
         acting: set[int] = set()
         other: set[int] = set()
         off: set[int] = set()
         for module, key, parameter in _keyed(self._model):
             attributes = vars(module)
-            measured = mine.get((id(attributes), "_active_adapter"), self.names)
-            (acting if key in _listed(measured) else other).add(id(parameter))
+            (acting if key in self._measured_in(module) else other).add(id(parameter))
             if key not in _listed(attributes["_active_adapter"]) or attributes.get("_disable_adapters"):
                 off.add(id(parameter))
         disabled = any(value for _, name, value in self._switches if name == "_disable_adapters")
@@ -103,31 +101,28 @@ class MeasuredAdapter:
         return watched
 
     def others_in(self, optimizers: Sequence[Any]) -> list[str]:
-        """Adapters beside the measured ones that an optimizer trains, or may train, sorted.
+        """Adapters beside the measured ones that an optimizer trains, sorted.
 
-        A parameter without gradient may be an adapter's that is switched off just now, or one that is frozen for good.
-        It counts where the optimizer has been given no other frozen parameter, or has stepped it already.
+        PEFT takes the gradient from an adapter that is off, so that one which is trained in turn with others may look
+        like a frozen one: it shows by its first gradient, or by what the optimizer keeps of it after its first step.
 
         Args:
             optimizers: of the run, with ``param_groups``.
         """
-        measured = self.watches()
-        keys: dict[int, str] = {}
-        for _, key, parameter in _keyed(self._model):
-            if key not in self.names and not measured(parameter):
-                keys[id(parameter)] = key
-        adapters = {id(parameter) for _, _, parameter in _keyed(self._model)}
+        keys = {id(p): key for module, key, p in _keyed(self._model) if key not in self._measured_in(module)}
         found: set[str] = set()
         for optimizer in optimizers:
-            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             state = getattr(optimizer, "state", None)
             stepped = state if isinstance(state, Mapping) else {}
-            given_everything = any(not p.requires_grad and id(p) not in adapters for p in held)
-            for parameter in held:
-                trained = parameter.requires_grad or parameter.grad is not None or bool(stepped.get(parameter))
-                if id(parameter) in keys and (trained or not given_everything):
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                seen = parameter.requires_grad or parameter.grad is not None
+                if id(parameter) in keys and (seen or _keeps_something(stepped.get(parameter))):
                     found.add(keys[id(parameter)])
-        return sorted(found)
+        return sorted(found - set(self.names))
+
+    def _measured_in(self, module: nn.Module) -> Sequence[str]:
+        """The adapters that are on in a layer while the policy is measured."""
+        return self._on.get(id(vars(module)), self.names)
 
     def _switches_of_new_layers(self) -> list[_Switch]:
         """Layers that came after the run began have the measured adapters at most."""
@@ -188,6 +183,10 @@ def _parameters(value: Any) -> list[nn.Parameter]:
     if isinstance(value, nn.Module):
         return list(value.parameters())
     return [value] if isinstance(value, nn.Parameter) else []
+
+
+def _keeps_something(state: Any) -> bool:
+    return len(state) > 0 if isinstance(state, Mapping) else state is not None
 
 
 def _refuse_merged(model: nn.Module) -> None:

@@ -106,17 +106,18 @@ def test_other_adapters_that_are_trained_are_named_and_frozen_ones_are_not():
     def sgd(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(list(parameters), lr=1e-3)
 
-    assert measured.others_in([sgd(of(model, "a"))]) == []  # TRL's frozen reference is in no optimizer
-    assert measured.others_in([sgd(of(model, "a", "b"))]) == ["b"]  # off just now
-    assert measured.others_in([sgd(of(model, "a")), sgd(of(model, "b"))]) == ["b"]
-    everything = sgd(model.parameters())  # in which a reference is as well
-    assert measured.others_in([everything]) == []
+    turns, everything = sgd(of(model, "a", "b", "ref")), sgd(model.parameters())
+    assert measured.others_in([turns]) == []  # nothing tells yet that b, which is off, is not frozen
     model.set_adapter("b")
+    assert measured.others_in([sgd(of(model, "a"))]) == []  # TRL's reference is in no optimizer
+    assert measured.others_in([turns]) == measured.others_in([sgd(of(model, "a")), sgd(of(model, "b"))]) == ["b"]
     model(input_ids=IDS, labels=IDS).loss.backward()
     everything.step()
-    everything.zero_grad()
     model.set_adapter("a")
-    assert measured.others_in([everything]) == ["b"]
+    assert measured.others_in([turns]) == ["b"]  # it has a gradient
+    everything.zero_grad()
+    assert measured.others_in([turns]) == []
+    assert measured.others_in([everything]) == ["b"]  # it has been stepped
 
 
 def test_a_merged_adapter_is_refused_and_left_merged():
