@@ -24,9 +24,9 @@ from entropy_pl.probe import (
     ATTRIBUTION_PASSES,
     EntropyProbe,
     ProbeMemory,
-    take_dry_run,
     peak_memory,
     probe_memory,
+    take_dry_run,
     timed,
     what_happened,
 )

@@ -25,9 +25,9 @@ __all__ = [
     "ProbeSettings",
     "SweepPoint",
     "SymmetricPoint",
-    "take_dry_run",
     "peak_memory",
     "probe_memory",
+    "take_dry_run",
     "timed",
     "what_happened",
 ]

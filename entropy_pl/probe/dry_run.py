@@ -138,7 +138,9 @@ def _seen_backwards(probe: EntropyProbe, model: nn.Module, rollout: Rollout) -> 
         return 0.0
     other = rollout.completion_ids.clone()
     other[:, -1] = rollout.prompt_ids[:, -1]  # some token that the model knows
-    other[:, -1] = torch.where(other[:, -1] == rollout.completion_ids[:, -1], rollout.completion_ids[:, 0], other[:, -1])
+    other[:, -1] = torch.where(
+        other[:, -1] == rollout.completion_ids[:, -1], rollout.completion_ids[:, 0], other[:, -1]
+    )
     changed = Rollout(rollout.prompt_ids, rollout.prompt_mask, other, rollout.completion_mask)
     before, after = (token_stats(model, r, **probe.scoring).logp[:, :-1] for r in (rollout, changed))
     return float((before - after).abs().max()) if before.numel() else 0.0
@@ -169,6 +171,6 @@ def _refusal(probe: EntropyProbe, phase: str, error: Exception) -> str:
     else:
         todo = "Leave the probe out, or turn it off with every_n_steps=0, to train without it"
     return (
-        f"expected a policy of which a probe can be taken, got an error in a dry run of two completions of a few tokens "
+        f"expected a policy of which a probe can be taken, got an error in a dry run of two short completions "
         f"before the first step, in {PHASES[phase]}: {what_happened(error).rstrip('.')}. {todo}"
     )

@@ -1,4 +1,4 @@
-"""What a run has set on its policy, and what layers keep in eval mode: a probe does not meet it, and leaves it there."""
+"""What a run has set on its policy, and what layers keep in eval mode: a probe does not meet it and leaves it there."""
 
 from __future__ import annotations
 
@@ -155,18 +155,20 @@ def keepers(model: nn.Module) -> list[Any]:
 
 
 def test_derivatives_of_dora_are_not_of_what_was_kept(caching):
-    """PEFT takes no gradient through the norm (it is constant by DoRA's own definition): the gradient without caching."""
+    """PEFT takes no gradient through the norm (it is constant by DoRA's own definition): the one without caching."""
     model = dora()
     update, mask = random_update(model), ROLLOUT.completion_mask
     ones = TokenStats(mask.double(), torch.zeros(mask.shape), mask)
     with evaluation(model):
         token_stats(model, ROLLOUT)
-        found = weighted_gradient(model, ROLLOUT, ones, update.direction), token_stats_jvp(
-            model, ROLLOUT, update, method="forward_mode", max_batch_tokens=20
+        found = (
+            weighted_gradient(model, ROLLOUT, ones, update.direction),
+            token_stats_jvp(model, ROLLOUT, update, method="forward_mode", max_batch_tokens=20),
         )
     DoraCaching()(enabled=False)
-    expected = weighted_gradient(model, ROLLOUT, ones, update.direction), token_stats_jvp(
-        model, ROLLOUT, update, method="forward_mode", max_batch_tokens=20
+    expected = (
+        weighted_gradient(model, ROLLOUT, ones, update.direction),
+        token_stats_jvp(model, ROLLOUT, update, method="forward_mode", max_batch_tokens=20),
     )
     assert all(torch.equal(found[0][name], value) for name, value in expected[0].items())
     assert torch.equal(found[1][1].logp, expected[1][1].logp)
