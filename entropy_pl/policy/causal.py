@@ -17,12 +17,15 @@ def refuse_not_causal(model: nn.Module) -> None:
     Raises:
         ValueError: for an encoder-decoder, a model without a vocabulary head, and one that does not generate.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
+    head: Any = getattr(base, "get_output_embeddings", lambda: None)
+    generates: Any = getattr(base, "can_generate", lambda: False)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         why = "an encoder-decoder, in which a prompt and its completion are not one text"
-    elif getattr(base, "get_output_embeddings", lambda: None)() is None:
+    elif head() is None:
         why = "which has no vocabulary head (a classifier, a reward or value model, the body of a language model)"
-    elif not getattr(base, "can_generate", lambda: False)():
+    elif not generates():
         why = "which does not generate (a masked language model)"
     else:
         return

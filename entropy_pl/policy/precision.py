@@ -26,10 +26,9 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
     (TF32 only where `matmul_precision` asks for it.) What trainers wrap around ``forward`` is off: `torch.compile`, and
     the autocast that Accelerate puts inside it, where no outer context reaches; so is what gradient checkpointing hooks
-    onto the embeddings. Attention kernels that know half
-    precision only give way to PyTorch's, and so do products of experts. Modes, tensors and settings are put back to the bit on leaving. Quantized
-    layers keep their weights and compute in float32. Entering it again inside costs nothing but a walk over the
-    modules.
+    onto the embeddings. Attention and experts' products that know half precision only give way to PyTorch's own.
+    Modes, tensors and settings are put back to the bit on leaving. Quantized layers keep their weights and compute in
+    float32. Entering it again inside costs nothing but a walk over the modules.
 
     Args:
         model: the policy, in whatever state its trainer left it.

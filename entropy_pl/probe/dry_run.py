@@ -171,6 +171,6 @@ def _refusal(probe: EntropyProbe, phase: str, error: Exception) -> str:
     else:
         todo = "Leave the probe out, or turn it off with every_n_steps=0, to train without it"
     return (
-        f"expected a policy of which a probe can be taken, got an error in a dry run of two completions of a few tokens "
+        f"expected a policy of which a probe can be taken, got an error in a dry run of two short completions "
         f"before the first step, in {PHASES[phase]}: {what_happened(error).rstrip('.')}. {todo}"
     )

@@ -1,4 +1,4 @@
-"""Mixtures of experts in float64 and in forward mode: by a loop over experts, whatever kernel the model was loaded with."""
+"""Mixtures of experts in float64 and in forward mode: by a loop over experts, whatever kernel was chosen at first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has set on its policy, and what layers keep in eval mode: a probe does not meet it, and leaves it there."""
+"""What a run has set on its policy, and what layers keep in eval mode: a probe does not meet it and leaves it there."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def keepers(model: nn.Module) -> list[Any]:
 
 
 def test_derivatives_of_dora_are_not_of_what_was_kept(caching):
-    """PEFT takes no gradient through the norm (it is constant by DoRA's own definition): the gradient without caching."""
+    """PEFT takes no gradient through the norm (it is constant by DoRA's own definition): the one without caching."""
     model = dora()
     update, mask = random_update(model), ROLLOUT.completion_mask
     ones = TokenStats(mask.double(), torch.zeros(mask.shape), mask)

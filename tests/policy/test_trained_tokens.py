@@ -1,4 +1,4 @@
-"""PEFT's `trainable_token_indices`: the policy is a plain one with other rows of embeddings, and of the head if tied."""
+"""PEFT's `trainable_token_indices`: the policy is a plain one with other rows of its embeddings, and head if tied."""
 
 from __future__ import annotations
 
