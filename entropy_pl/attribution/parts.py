@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import fsum, nan
+from math import fsum, isfinite, nan
 from typing import Any
 
 from torch import Tensor
@@ -123,4 +123,4 @@ class Attribution:
         if of_u:
             luck = self.over_u.get(name, ErrorBar(nan, nan, nan, nan))
             plain |= {"stderr_u": abs(eta) * luck.influence, "stderr_u_jackknife": abs(eta) * luck.jackknife}
-        return plain
+        return {key: number if key == "value" or isfinite(number) else None for key, number in plain.items()}
