@@ -25,7 +25,9 @@ from entropy_pl.updates.vector import LazyDirection, UpdateVector
 
 NEW_TOKENS = 4
 TINY = 1e-3  # of a parameter's own size
-SEEN_BACKWARDS = 3e-5  # nats: one more rounding of float32 is 1e-6; BERT at its random start changes by 7e-5, trained 1
+SEEN_BACKWARDS = (
+    1e-3  # nats: rounding of float32 is 1e-6, of a large mixture of experts 1e-4; a trained BERT changes by 1
+)
 
 PHASES = {
     "sampling": "sampling them",
@@ -33,7 +35,6 @@ PHASES = {
     "tangents": "taking their derivatives along an update",
     "features": "reading their hidden states for the critic",
     "sweep": "scoring them at θ+ηv",
-    "attribution": "differentiating their entropy by the trainable parameters",
 }
 
 
@@ -63,7 +64,8 @@ def take_dry_run(
         peers: the run's processes. All of them try, and if one fails, none goes on.
 
     Returns:
-        What does not stand in a probe's way and its reader should know, in sentences.
+        What does not stand in a probe's way and its reader should know, in sentences: logits that are not finite, and
+        an attribution that cannot be made.
 
     Raises:
         ValueError: if anything fails, with the phase, the cause in its own words and what to do; and for a model that
@@ -98,11 +100,7 @@ def _tried(
             once = replace(probe, etas=(), eta_multipliers=(), at_lr=True, symmetric=False)
             update = _tiny_update(model)
             once.collect(model, rollout, update, on_pass=reached)
-            if attribution:
-                phase = "attribution"
-                ones = rollout.completion_mask.double()
-                each = TokenStats(torch.zeros_like(ones), ones, rollout.completion_mask)
-                weighted_gradient(model, rollout, each, update.direction, **probe.scoring)
+            told = _without_gradient(probe, model, rollout, update) if attribution else []
     except (NonFiniteError, FloatingPointError) as error:  # the run's numbers, not what a probe can do
         return [f"the policy's logits were not finite before the first step, in {PHASES[phase]}: {error}"]
     except Exception as error:
@@ -113,6 +111,20 @@ def _tried(
             f"another last token changes those before it by up to {seen:.2g} nats: a causal language model is needed "
             "(is_decoder=True in the configuration of BERT's kind)"
         )
+    return told
+
+
+def _without_gradient(probe: EntropyProbe, model: nn.Module, rollout: Rollout, update: UpdateVector) -> list[str]:
+    """Why no attribution can be made, which costs a probe nothing else; nothing where it can."""
+    ones = rollout.completion_mask.double()
+    each = TokenStats(torch.zeros_like(ones), ones, rollout.completion_mask)
+    try:
+        weighted_gradient(model, rollout, each, update.direction, **probe.scoring)
+    except Exception as error:
+        return [
+            "No attribution can be made of this policy: a dry run failed in differentiating the entropy by its trainable "
+            f"parameters, {what_happened(error).rstrip('.')}. All else is measured; attribution=False says not to try"
+        ]
     return []
 
 
@@ -162,8 +174,6 @@ def _tiny_update(model: nn.Module) -> UpdateVector:
 def _refusal(probe: EntropyProbe, phase: str, error: Exception) -> str:
     if wants_memory(error):
         todo = "Memory may have been short for another reason than the probe: if so, start again once it is free"
-    elif phase == "attribution":
-        todo = "Measure without it: attribution=False"
     elif phase == "tangents" and probe.method != "central_difference":
         todo = "method='central_difference' needs plain forward passes alone"
     elif probe.precision == "float64":
