@@ -97,6 +97,7 @@ def build(options: argparse.Namespace) -> tuple[nn.Module, Rollout, Rollout]:
 def times(options: argparse.Namespace, model: nn.Module, e: Rollout, u: Rollout) -> Table:
     update, decayed = (adamw_step(model, u, weight_decay=decay) for decay in (0.0, 0.01))
     coefficients = log_prob_coefficients(u).logp / u.completion_mask.sum()
+    signs = torch.where(torch.arange(len(u)) % 2 == 0, 1.0, -1.0)
     budget = {"max_batch_tokens": options.max_batch_tokens}
     base, tangent = token_stats_jvp(model, e, update, **budget)
     seconds: dict[str, float] = {}
@@ -108,7 +109,9 @@ def times(options: argparse.Namespace, model: nn.Module, e: Rollout, u: Rollout)
             token_stats(model, u, **budget)
         clock = _Clock(phases.setdefault(label, {}))
         with timed(seconds, label, model):
-            attribute_update(model, e, u, v, token_coefficients=coefficients, on_pass=clock, **budget, **given)
+            attribute_update(
+                model, e, u, v, token_coefficients=coefficients, advantages=signs, on_pass=clock, **budget, **given
+            )
 
     kinds: dict[str, tuple[UpdateVector, dict[str, Any]]] = {
         "attribute_update, alone": (update, {}),
