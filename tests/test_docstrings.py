@@ -40,7 +40,11 @@ def public_things() -> dict[str, Any]:
 
 THINGS = public_things()
 FUNCTIONS = {name: thing for name, thing in THINGS.items() if inspect.isfunction(thing)}
-CLASSES = {name: thing for name, thing in THINGS.items() if inspect.isclass(thing) and not hasattr(thing, "__origin__")}
+CLASSES = {  # exceptions have the signature of a built-in type
+    name: thing
+    for name, thing in THINGS.items()
+    if inspect.isclass(thing) and not hasattr(thing, "__origin__") and not issubclass(thing, Exception)
+}
 CALLED = FUNCTIONS | CLASSES
 OTHERS = {name: thing for name, thing in THINGS.items() if name not in CALLED}
 ESTIMATORS = {name: thing for name, thing in FUNCTIONS.items() if thing.__module__.startswith("entropy_pl.estimators")}

@@ -368,7 +368,7 @@ def interval(value: float, stderr: float, count: int, confidence: float) -> tupl
         confidence: between 0 and 1.
 
     Returns:
-        Lower and upper end.
+        Lower and upper end, in the unit of ``value``.
 
     Source:
         docs/theory.md, §3.

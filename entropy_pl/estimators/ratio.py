@@ -138,7 +138,7 @@ def ratio(numerator: EntropyChange, denominator: EntropyChange) -> Ratio:
 
 
 def eta_star(first: EntropyChange, second: EntropyChange) -> tuple[float | None, float | None, float | None]:
-    """The step size η* = 2|a|/|b| at which first and second order are equal in size, with its interval.
+    """The step size η* = ``2|a|/|b|`` at which first and second order are equal in size, with its interval.
 
     The curvature b is often not told from zero, so a symmetric ± says nothing: the interval is twice the absolute
     values of the quotients that :func:`fieller_set` allows. It covers at least as often as that set does. Its upper end
@@ -149,8 +149,8 @@ def eta_star(first: EntropyChange, second: EntropyChange) -> tuple[float | None,
         second: b, the curvature per unit η², of the same sequences in the same order.
 
     Returns:
-        η*, None without curvature and NaN where an order is withheld; the lower end of its interval; and the upper end,
-        None where it is unbounded.
+        η*, in the unit of η, None without curvature and NaN where an order is withheld; the lower end of its interval;
+        and the upper end, None where it is unbounded.
 
     Source:
         docs/theory.md, §5.

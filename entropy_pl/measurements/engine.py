@@ -43,7 +43,7 @@ class Drawn:
         update: v, and how it was made.
         seconds: wall time per phase.
         answers: the reference answer of every sequence, ``[N]``; None where they are not known any more.
-        sampler_gap: mean |log-prob as generated − as scored| of a few sequences, in nats a token; None where E was not
+        sampler_gap: mean ``|log-prob as generated − as scored|`` of a few sequences, nats a token; None where E was not
             drawn here.
     """
 
@@ -123,7 +123,7 @@ class EntropyMeasurements:
             ``expected_reward`` and ``exchange_rate`` (ΔH/ΔJ at η = lr), ``attribution``,
             ``predictors`` and ``counterfactuals`` where they were asked for, ``absent`` (what was and is not there, and
             why), ``update`` and how it was made, ``B_E``, ``B_U``, ``G``, ``timing`` (seconds per phase, ``total``),
-            ``sampler_gap`` (mean |log-prob as generated − as scored| of a few sequences, nats a token),
+            ``sampler_gap`` (mean ``|log-prob as generated − as scored|`` of a few sequences, nats a token),
             ``tokens_per_second``, ``device``, ``versions``, ``config``, ``config_hash``, ``seed``.
 
         Raises:

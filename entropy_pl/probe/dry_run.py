@@ -122,7 +122,7 @@ def _without_gradient(probe: EntropyProbe, model: nn.Module, rollout: Rollout, u
         weighted_gradient(model, rollout, each, update.direction, **probe.scoring)
     except Exception as error:
         return [
-            "No attribution can be made of this policy: a dry run failed in differentiating the entropy by its trainable "
+            "No attribution can be made of this policy: a dry run failed in differentiating the entropy by trainable "
             f"parameters, {what_happened(error).rstrip('.')}. All else is measured; attribution=False says not to try"
         ]
     return []

@@ -37,12 +37,12 @@ class SamplerGap:
     Args:
         sequences: how many were compared.
         tokens: how many tokens they have.
-        total: Σ |as generated − as scored|, in nats.
+        total: Σ ``|as generated − as scored|``, in nats.
         first_tokens: sequences whose first token counts in ``first``: all that have one.
         first: the part of ``total`` that is of first tokens, which no cache has a part in.
         padded_tokens: tokens of sequences whose prompt was padded when it was sampled.
         padded: the part of ``total`` that is theirs.
-        neighbours: Σ |scored one at a time − scored in micro-batches|, in nats.
+        neighbours: Σ ``|scored one at a time − scored in micro-batches|``, in nats.
         allowed: largest mean difference, in nats a token.
         coarse: why it is larger than what float32 allows, in words; None where it is not.
     """
@@ -60,7 +60,7 @@ class SamplerGap:
 
     @property
     def mean(self) -> float:
-        """Mean |log-prob as generated − as scored|, in nats a token."""
+        """Mean ``|log-prob as generated − as scored|``, in nats a token."""
         return self.total / max(self.tokens, 1)
 
     def check(self) -> None:
@@ -182,7 +182,7 @@ class SamplerGate:
 
     def __init__(self) -> None:
         self.gap: float | None = None
-        """Mean |log-prob as generated − as scored|, in nats a token, as compared last; None before."""
+        """Mean ``|log-prob as generated − as scored|``, in nats a token, as compared last; None before."""
         self._refusal: str | None = None
         self._longest = 0
 
