@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy import stats
+from tiny import with_special_tokens
 from transformers import GenerationConfig
 
 from entropy_pl.policy.rng import isolated_rng
@@ -377,12 +378,17 @@ class TestErrors:
             sample_completions(model, tiny_tokenizer, ["1"], max_new_tokens=2)
 
     def test_a_second_bos_is_dropped(self, tiny_model, tiny_tokenizer_factory):
-        from tokenizers.processors import TemplateProcessing
-
-        tokenizer = tiny_tokenizer_factory(bos_token="<bos>")
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", BOS)])
+        tokenizer = with_special_tokens(tiny_tokenizer_factory(bos_token="<bos>"), "<bos> $A")
         rollout = sample_completions(tiny_model, tokenizer, ["12", "<bos>12"], max_new_tokens=2)
         assert rollout.prompt_ids.tolist() == [[BOS, 5, 6]] * 2
+
+    def test_token_ids_are_begun_with_as_they_are(self, tiny_model, tiny_tokenizer_factory):
+        tokenizer = with_special_tokens(tiny_tokenizer_factory(bos_token="<bos>"), "<bos> $A")
+        rollout = sample_completions(tiny_model, tokenizer, [[BOS, BOS, 5], "1", (6,)], max_new_tokens=2)
+        begun = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
+        assert begun == [[BOS, BOS, 5], [BOS, 5], [6]]
+        with pytest.raises(ValueError, match="token ids below 55, as many as the model embeds, got -1 in prompt 1"):
+            sample_completions(tiny_model, tokenizer, ["1", [4, -1]], max_new_tokens=2)
 
 
 def test_the_real_policy_writes_answers(shared_dir):
