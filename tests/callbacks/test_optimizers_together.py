@@ -82,7 +82,7 @@ def changes(module: Both, step: int) -> dict[str, float]:
 
 def run(module: Both, folder: Path, **options: Any) -> list[dict[str, Any]]:
     callback = probe(every_n_steps=1, **options)
-    fit(module, folder, callback, steps=4, gradient_clip_val=None, logger=False)
+    fit(module, folder, callback, steps=4, gradient_clip_val=None, logger=False, default_root_dir=folder)
     return callback.records
 
 
@@ -175,7 +175,8 @@ def test_one_that_a_gradient_scaler_skips(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     callback = probe(every_n_steps=1, optimizer="all")
-    fit(Overflows(), tmp_path, callback, steps=3, gradient_clip_val=None, logger=False, plugins=[plugin])
+    options: dict[str, Any] = {"gradient_clip_val": None, "logger": False, "default_root_dir": tmp_path}
+    fit(Overflows(), tmp_path, callback, steps=3, plugins=[plugin], **options)
     assert [r["status"] for r in callback.records][:2] == ["failed", "ok"]
     assert "got 0: SGD 0×, 1: AdamW 1×" in callback.records[0]["message"]
 
@@ -183,7 +184,7 @@ def test_one_that_a_gradient_scaler_skips(tmp_path):
 def test_the_count_goes_on_from_a_checkpoint(tmp_path):
     """Of the steps that they take together; Lightning counts each."""
     callbacks: list[Any] = [probe(every_n_steps=1, optimizer=which) for which in ([0, 1], (0, 1))]
-    options: dict[str, Any] = {"gradient_clip_val": None, "logger": False}
+    options: dict[str, Any] = {"gradient_clip_val": None, "logger": False, "default_root_dir": tmp_path}
     trainer = fit(Both(), tmp_path, callbacks[0], steps=2, **options)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed = fit(Both(), tmp_path, callbacks[1], steps=4, ckpt_path=tmp_path / "half.ckpt", **options)

@@ -102,8 +102,8 @@ OPTIONS: dict[str, Any] = {"gradient_clip_val": None, "logger": False, "max_epoc
 def test_a_loop_of_ones_own(tmp_path):
     """Nobody calls ``step()``: a step is a training step. The run is the one without the probe."""
     plain, probed, callback = Recipe(), Recipe(), probe(every_n_steps=2)
-    fit(plain, tmp_path, **(OPTIONS | {"max_epochs": 2}))
-    fit(probed, tmp_path, callback, **(OPTIONS | {"max_epochs": 2}))
+    fit(plain, tmp_path, default_root_dir=tmp_path, **(OPTIONS | {"max_epochs": 2}))
+    fit(probed, tmp_path, callback, default_root_dir=tmp_path, **(OPTIONS | {"max_epochs": 2}))
     assert [(r["step"], r["status"], r["lr"]) for r in callback.records] == [(0, "ok", LR), (2, "ok", LR)]
     assert len(plain.thetas) == 5  # of four batches
     for ours, theirs in zip(probed.thetas, plain.thetas, strict=True):
@@ -118,7 +118,7 @@ def test_a_loop_of_ones_own(tmp_path):
 def test_what_nothing_tells_beforehand_is_seen_and_measured_from_then_on(tmp_path, kind):
     module, callback = kind(), probe(every_n_steps=1)
     with pytest.warns(UserWarning, match="expected the parameters to move in the optimizer's step, but it moved"):
-        fit(module, tmp_path, callback, **OPTIONS)
+        fit(module, tmp_path, callback, default_root_dir=tmp_path, **OPTIONS)
     assert [(r["step"], r["status"]) for r in callback.records] == [(0, "failed"), (1, "ok")]
     assert "they moved before it in this training step" in callback.records[0]["message"]
     record = callback.records[1]
@@ -137,7 +137,7 @@ def test_accumulated_under_automatic_optimization(tmp_path):
             self.before.append([p.detach().clone().double() for p in self.policy.parameters()])
 
     module, callback = Accumulates(), probe(every_n_steps=1)
-    fit(module, tmp_path, callback, accumulate_grad_batches=2, **OPTIONS)
+    fit(module, tmp_path, callback, accumulate_grad_batches=2, default_root_dir=tmp_path, **OPTIONS)
     [record] = callback.records
     after = [p.detach().double() for p in module.policy.parameters()]
     expected = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(after, module.before[0], strict=True)))
@@ -153,7 +153,7 @@ def test_without_an_optimizer_there_is_no_learning_rate(tmp_path):
     with pytest.raises(
         MisconfigurationException, match=r"may move them in the backward pass\. To have that measured, give"
     ):
-        fit(NoOptimizer(), tmp_path, probe(), **OPTIONS)
+        fit(NoOptimizer(), tmp_path, probe(), default_root_dir=tmp_path, **OPTIONS)
 
 
 class Thetas(TrainerCallback):
