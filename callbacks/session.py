@@ -243,7 +243,7 @@ class ProbeSession:
             f"the policy with {measured} on, {chosen}, and what each step does to that; adapter='...' measures another"
         )
         self.warnings.append(sentence)
-        if self.peers.rank == 0:
+        if self.peers.rank == 0 and self._begun is not None:  # those of the start are warned of together
             warnings.warn(sentence, stacklevel=2)
 
     def disarm(self) -> None:

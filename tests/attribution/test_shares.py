@@ -65,7 +65,7 @@ def numbers(found: Attribution) -> dict[str, Any]:
         **{name: getattr(found, name) for name in ("momentum", "weight_decay", "gradient", "first_order")},
         **found.remainder,
         **{f"over E of {name}": (bar.influence, bar.jackknife) for name, bar in found.over_e.items()},
-        "over_u": found.over_u and (found.over_u.influence, found.over_u.jackknife),
+        **{f"over U of {name}": (bar.influence, bar.jackknife) for name, bar in found.over_u.items()},
     }
 
 

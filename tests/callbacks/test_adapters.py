@@ -109,7 +109,8 @@ def test_one_adapter_is_sampled_scored_and_in_the_update(tmp_path, monkeypatch, 
     assert (record["status"], record["message"]) == ("ok", None)
     assert record["warnings"].count(sentence) == 1
     assert record["sampler_gap"] < 1e-5  # float32's rounding
-    assert active == [(name, [name])] * 2
+    assert len(active) > 1  # drawn and scored, whichever was active last
+    assert all(found == (name, [name]) for found in active)
     [direction] = updates
     assert direction.keys() == {n for n in start if f".{name}." in n}
     for parameter, value in direction.items():  # Δθ/lr, as the optimizer moved it

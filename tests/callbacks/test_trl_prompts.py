@@ -45,6 +45,11 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def told(record: Any) -> list[str]:
+    """Warnings of a record but that its E-batch is small, as those of these tests are."""
+    return [warning for warning in record["warnings"] if not warning.startswith("The E-batch has")]
+
+
 def begun_with(trainer: Any, prompts: Any, monkeypatch: Any, **options: Any) -> tuple[set[Any], set[Any], Any]:
     """The prompts' tokens of one step: those that TRL gave to its loss, those of the E-batch; and the record."""
     settings = {"trainer": trainer, "num_sequences": 16, "eta_multipliers": (), "attribution": False}
@@ -102,7 +107,7 @@ def test_e_prompts_are_trls_own_tokens(tmp_path, monkeypatch, name):
     assert run <= probe
     assert len(probe) == 16
     assert record["e_prompts"]["in_u"] == 16
-    assert record["warnings"] == []
+    assert told(record) == []
     assert record["absent"].keys() <= {"attribution"}  # rewards are there: the rows are found by their texts
 
 
@@ -299,8 +304,8 @@ def test_records_of_a_run_with_top_p_and_a_foreign_tokenizer_say_so(tmp_path):
         trainer.train()
     [record] = callback.records
     said = {str(warning.message) for warning in seen}
-    assert set(record["warnings"]) <= said
-    [foreign, truncated] = record["warnings"]
+    assert set(told(record)) <= said
+    [foreign, truncated] = told(record)
     assert "and the policy embeds 2,048" in foreign
     assert "top_p=0.9, min_p=0.05, the probe without" in truncated
     assert "whole distribution at temperature 1" in truncated

@@ -283,14 +283,20 @@ def fieller(samples: Samples) -> list[Interval]:
     return [(r.ci_low, r.ci_high) if r.bounded else (-math.inf, math.inf) for r in found]
 
 
+def orders(samples: Samples) -> list[tuple[EntropyChange, EntropyChange]]:
+    """Slope and curvature, made once for both of the following."""
+    found: list[Any] = samples.once("orders", lambda: list(zip(FIRST(samples), SECOND(samples), strict=True)))
+    return found
+
+
 def signed_sets(samples: Samples) -> list[FiellerSet]:
     """Of slope over curvature."""
-    return samples.once("signed", lambda: combined(fieller_set, FIRST, SECOND)(samples))
+    return [fieller_set(*of_batch) for of_batch in orders(samples)]
 
 
 def eta_stars(samples: Samples) -> list[Interval]:
     """Of η*; an end that is unbounded holds everything."""
-    found = combined(eta_star, FIRST, SECOND)(samples)
+    found = [eta_star(*of_batch) for of_batch in orders(samples)]
     return [(low, math.inf if high is None else high) for _, low, high in found]
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from entropy_pl.reporting import read_records
 
 STEPS = 6
-OF_THE_MACHINE = ("seconds", "memory", "overhead")  # keys of a record that differ from run to run
+OF_THE_MACHINE = ("seconds", "memory", "overhead", "sampler_gap")  # keys of a record that differ from run to run
 
 
 class Saves(Callback):
