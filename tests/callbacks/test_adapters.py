@@ -111,7 +111,7 @@ def test_one_adapter_is_sampled_scored_and_in_the_update(tmp_path, monkeypatch, 
     assert record["sampler_gap"] < 1e-5  # float32's rounding
     assert len(active) > 1  # drawn and scored, whichever was active last
     assert all(found == (name, [name]) for found in active)
-    [direction] = updates
+    _, direction = updates  # of the dry run, and of the step
     assert direction.keys() == {n for n in start if f".{name}." in n}
     for parameter, value in direction.items():  # Δθ/lr, as the optimizer moved it
         moved = (dict(module.policy.named_parameters())[parameter] - start[parameter]).double() / 1e-3

@@ -84,7 +84,15 @@ def test_weights_that_collapse_are_said_so_with_the_results(config, tmp_path, ca
     """At 50 and at 100 times the learning rate; the learning rate itself is well."""
     file, folder = tmp_path / "measure.yaml", tmp_path / "results"
     file.write_text(yaml.safe_dump(config(output_directory=str(folder))))
-    main(["measure", f"--config={file}", "--batch_config.B_E=64", "--estimator.eta_list=[1e-2, 0.5, 1.0]"])
+    main(
+        [
+            "measure",
+            f"--config={file}",
+            "--batch_config.B_E=64",
+            "--batch_config.completions_per_prompt=2",
+            "--estimator.eta_list=[1e-2, 0.5, 1.0]",
+        ]
+    )
     results, out = json.loads((folder / "results.json").read_text()), capsys.readouterr().out
     assert [point["true"]["trustworthy"] for point in results["sweep"]] == [True, False, False]
     assert (results["status"], results["untrustworthy_from"]) == ("ok", 0.5)
