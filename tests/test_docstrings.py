@@ -46,7 +46,11 @@ CLASSES = {  # exceptions have the signature of a built-in type
     if inspect.isclass(thing) and not hasattr(thing, "__origin__") and not issubclass(thing, Exception)
 }
 CALLED = FUNCTIONS | CLASSES
-OTHERS = {name: thing for name, thing in THINGS.items() if name not in CALLED}
+OTHERS = {
+    name: thing
+    for name, thing in THINGS.items()
+    if name not in CALLED and not (inspect.isclass(thing) and issubclass(thing, Exception))
+}
 ESTIMATORS = {name: thing for name, thing in FUNCTIONS.items() if thing.__module__.startswith("entropy_pl.estimators")}
 
 

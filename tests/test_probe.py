@@ -118,7 +118,7 @@ def test_one_line_of_json_holds_it(enumeration, rollout):
     record = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert record["sweep"][1]["taken"] is True
     assert record["sweep"][1]["true"]["value"] == result.taken.true.value
-    assert set(record["seconds"]) == {"tangents", "sweep"}
+    assert set(record["seconds"]) == {"tangents", "check", "sweep"}
 
 
 def test_every_pass_is_announced(enumeration, rollout):
@@ -164,7 +164,9 @@ def test_all_passes_have_the_same_micro_batches(enumeration, rollout, monkeypatc
     monkeypatch.setattr(micro_batches, "_free_bytes", lambda device: 2 ** (24 - next(looks)))
     grouped, budgets = micro_batches.micro_batches, []
     monkeypatch.setattr(
-        micro_batches, "micro_batches", lambda rows, budget: budgets.append(budget) or grouped(rows, budget)
+        micro_batches,
+        "micro_batches",
+        lambda rows, budget, *more: budgets.append(budget) or grouped(rows, budget, *more),
     )
     result = EntropyProbe(precision="float32").measure(enumeration.model, rollout, update_of(enumeration, 0.1))
     assert len(budgets) > 3 + len(result.sweep)  # and the trials of the difference step

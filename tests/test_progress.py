@@ -131,7 +131,7 @@ def test_training_at_a_terminal_shows_both_bars_with_the_time_left(run):
     shown, status = at_a_terminal(run)
     assert status == 0
     assert re.search(rf"Epoch 0:.* 1/2 {TIME_LEFT}", shown)
-    assert re.search(rf"entropy probe, step 0: .*/15 {TIME_LEFT}", shown)
+    assert re.search(rf"entropy probe, step 0: .*/20 {TIME_LEFT}", shown)
     for line in re.split(r"[\r\n]+", shown):  # no bar inside another's line
         assert len(re.findall(r"\d+%\|", line)) <= 1, line
 

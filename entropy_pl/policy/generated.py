@@ -16,12 +16,10 @@ class GeneratedLogProbs:
     Args:
         rows: how many sequences are kept, at most.
 
-    Attributes:
-        index: which rows of the rollout, ``[k]``; empty as long as nothing was drawn.
-        logp: log-probs at the sampling temperature, before top-p and top-k, in nats, ``[k, T]``, float64; what stands
-            behind the end of a completion means nothing.
-        padded: whether the prompt was padded when it was sampled, ``[k]``, bool.
-        half: whether the policy, or autocast, computed in less than float32.
+    Afterwards ``index`` holds which rows of the rollout they are, ``[k]``, empty as long as nothing was drawn; ``logp``
+    the log-probs at the sampling temperature, before top-p and top-k, in nats, ``[k, T]``, float64 (what stands behind
+    the end of a completion means nothing); ``padded`` whether the prompt was padded when it was sampled, ``[k]``, bool;
+    and ``half`` whether the policy, or autocast, computed in less than float32.
     """
 
     def __init__(self, rows: int = 8) -> None:

@@ -25,7 +25,7 @@ CHECKED_SEQUENCES = 64
 ROUGH = 0.1
 """Largest sd(ψ(h) − ψ(h/2))/sd(ψ(h)) of a smooth policy; docs/precision.md has what policies of each kind reach."""
 AUTOGRAD_GAP = 0.05
-"""Largest gap between ⟨∇Ĥ, v⟩ and the slope by differences, as a share of max(|δH₁|, its standard error)."""
+"""Largest gap between the slope by autograd and that by differences, as a share of max(|δH₁|, its standard error)."""
 ERRORS_OF_DIFFERENCES = 3.0
 """A gap within so many errors of the differences themselves says nothing of autograd."""
 
@@ -89,13 +89,16 @@ def judge_derivatives(settings: ProbeSettings, scores: ProbeScores) -> Derivativ
         return Derivatives(scores.tangent, scores.method, roughness, error, withheld=reason)
     if scores.differences is None:
         return Derivatives(scores.tangent, scores.method, roughness, error)
-    gap = _relative_spread(slope(scores.tangent.select(rows)).influence - half.influence, half.influence)
-    if gap <= ROUGH:
+    exact, measured = (
+        first_order_delta_entropy(scores.base, tangent, clusters=scores.clusters, **settings.estimate)
+        for tangent in (scores.tangent, scores.differences)
+    )
+    if abs(exact.value - measured.value) <= AUTOGRAD_GAP * max(abs(measured.value), measured.stderr):
         return Derivatives(scores.tangent, scores.method, roughness, 0.0)
     reason = (
-        f"Forward mode does not follow the policy's forward pass: its influences differ by {gap:.2g} of their spread "
-        "from those of differences, which are smooth. A layer stops gradients (the norm of DoRA) or passes them "
-        "straight through. The first order is by differences, and the attribution is withheld."
+        f"Forward mode does not follow the policy's forward pass: it gives a slope of {exact.value:.4g} per unit η, and "
+        f"differences, which are smooth, give {measured.value:.4g} ± {measured.stderr:.2g}. A layer stops gradients (the "
+        "norm of DoRA) or passes them straight through. δH₁ is by differences, and the attribution is withheld."
     )
     return Derivatives(scores.differences, "central_difference", roughness, error, autograd=reason)
 

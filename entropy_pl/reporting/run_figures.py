@@ -151,7 +151,6 @@ def step_size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         steps,
         stars,
         yerr=np.stack([below.clip(0), np.where(unbounded, stars, np.nan_to_num(highs - stars)).clip(0)]),
-        lolims=unbounded,
         color=TRUE_STYLE["color"],
         marker="o",
         markersize=5,
@@ -160,6 +159,7 @@ def step_size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         label=r"$\eta^*$ with its interval (arrow: unbounded)",
         rasterized=bool(len(steps) > RASTERIZED),
     )
+    axes.plot(steps[unbounded], 2 * stars[unbounded], "^", color=TRUE_STYLE["color"], markersize=6)
     rated = rates > 0
     axes.plot(steps[rated], rates[rated], color=FIRST_STYLE["color"], linestyle="--", label="learning rate of the step")
     axes.set_ylabel("step size (learning rate)")

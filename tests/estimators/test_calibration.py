@@ -27,7 +27,6 @@ ROOT = Path(__file__).parents[2]
 NO_INTERVAL = {  # what gives none, so that none can be wrong
     "Baseline",
     "Weights",
-    "interval",
     "Measure",
     "PowerLaw",
     "Ratio",

@@ -46,8 +46,9 @@ def test_one_term_is_itself():
     base, change = ragged()
     estimate = snis_delta_entropy(base, plus(base, change), clusters=CLUSTERS)
     assert linear_combination([(1.0, estimate)]).to_dict() == estimate.to_dict()
-    minus_two = linear_combination([(-2.0, estimate)]).to_dict()
-    assert minus_two == pytest.approx(estimate.scaled(-2.0).to_dict())
+    minus_two, scaled = linear_combination([(-2.0, estimate)]).to_dict(), estimate.scaled(-2.0).to_dict()
+    assert minus_two.pop("warnings") == scaled.pop("warnings")
+    assert minus_two == pytest.approx(scaled)
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])

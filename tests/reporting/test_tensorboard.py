@@ -32,7 +32,14 @@ def test_scalars_are_of_the_step_taken(make):
 def test_what_is_absent_or_not_finite_is_left_out(make, make_failed):
     assert scalars(make_failed(0)) == {}
     assert scalars({**make_failed(0, "no_movement"), "update_norm": 0.0}) == {"entropy_probe/update_norm": 0.0}
-    record = make(eta_star=None, update_norm=math.inf, entropy={"value": 0.9, "ci_low": math.nan}, sweep=[])
+    record = make(
+        eta_star=None,
+        eta_star_ci_low=None,
+        eta_star_ci_high=None,
+        update_norm=math.inf,
+        entropy={"value": 0.9, "ci_low": math.nan},
+        sweep=[],
+    )
     assert scalars(record) == {"entropy_probe/entropy": 0.9}
 
 

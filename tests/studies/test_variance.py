@@ -87,7 +87,7 @@ def direct(scores, option: str, rows: torch.Tensor) -> dict[float | None, Entrop
     low = first_order_delta_entropy(base, tangent, baseline=baseline, clusters=clusters)
     return {
         None: low,
-        **{eta: low_variance_delta_entropy(true[eta], matched, low, eta, clusters=clusters) for eta in true},
+        **{eta: low_variance_delta_entropy(true[eta], matched, low, eta) for eta in true},
     }
 
 
