@@ -96,9 +96,9 @@ def judge_derivatives(settings: ProbeSettings, scores: ProbeScores) -> Derivativ
     if abs(exact.value - measured.value) <= AUTOGRAD_GAP * max(abs(measured.value), measured.stderr):
         return Derivatives(scores.tangent, scores.method, roughness, 0.0)
     reason = (
-        f"Forward mode does not follow the policy's forward pass: its slope is {exact.value:.4g} per unit η, and that of "
-        f"differences, which are smooth, {measured.value:.4g} ± {measured.stderr:.2g}. A layer stops gradients (the norm "
-        "of DoRA) or passes them straight through. δH₁ is by differences, and the attribution is withheld."
+        f"Forward mode does not follow the policy's forward pass: its slope is {exact.value:.4g} per unit η, and that "
+        f"of differences, which are smooth, {measured.value:.4g} ± {measured.stderr:.2g}. A layer stops gradients (the "
+        "norm of DoRA) or passes them straight through. δH₁ is by differences, and the attribution is withheld."
     )
     return Derivatives(scores.differences, "central_difference", roughness, error, autograd=reason)
 
