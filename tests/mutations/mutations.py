@@ -764,14 +764,14 @@ OBJECTIVES = "tests/objectives"
 
 # The tests of its room, those first that are nearest to the file.
 TESTS: dict[str, tuple[str, ...]] = {
-    "entropy_pl/estimators/snis.py": (f"{ESTIMATORS}/test_closed_forms.py", "tests/faults/test_trust.py", ESTIMATORS),
+    "entropy_pl/estimators/snis.py": (f"{ESTIMATORS}/test_closed_forms.py", "tests/faults/test_untrusted.py", ESTIMATORS),
     "entropy_pl/estimators/derivatives.py": (f"{ESTIMATORS}/test_closed_forms.py", ESTIMATORS),
     "entropy_pl/estimators/critic.py": (f"{ESTIMATORS}/test_critic.py", ESTIMATORS),
     "entropy_pl/estimators/ridge.py": (f"{ESTIMATORS}/test_ridge.py", ESTIMATORS),
     "entropy_pl/estimators/differences.py": (f"{ESTIMATORS}/test_combinations.py", ESTIMATORS),
     "entropy_pl/estimators/estimate.py": (
         f"{ESTIMATORS}/test_closed_forms.py",
-        "tests/faults/test_trust.py",
+        "tests/faults/test_untrusted.py",
         ESTIMATORS,
     ),
     "entropy_pl/estimators/ratio.py": (f"{ESTIMATORS}/test_ratio.py",),
