@@ -427,6 +427,11 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "Δθ: before and after swapped",
         ),
         ("change / self.lr", "change", "v is not per unit learning rate"),
+        (
+            "theta = theta.double() + lr * sum(parts)",
+            "theta = theta.double()",
+            "a parameter that two optimizers step: the second one's weight decay at the first one's θ",
+        ),
     ],
     "entropy_pl/updates/record.py": [
         (
@@ -582,6 +587,14 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "logp - factor * part.logp, entropy - factor * part.entropy",
             "error bar of the gradient: sign flipped",
         ),
+        ("-scale * preconditioner[name]", "scale * preconditioner[name]", "remainder's tangents: sign flipped"),
+    ],
+    "entropy_pl/updates/watched.py": [
+        (
+            "return max(\n            _rate(group)",
+            "return min(\n            _rate(group)",
+            "lr_ref: the smallest rate of an optimizer's groups",
+        ),
     ],
     "entropy_pl/attribution/errors.py": [
         (
@@ -589,6 +602,7 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "count * values",
             "over U: the other prompts' larger share forgotten",
         ),
+        ("- total * sizes / whole", "- total / count", "over U: prompts of unequal size taken for equal"),
         ("standard_error(whole.influence, clusters)", "standard_error(whole.influence)", "over E: no clustering"),
         (
             'mask.sum(1).double() if divided_by == "tokens"',
@@ -685,12 +699,18 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "spare > PADDING",
             "padded vocabularies are taken for foreign ones",
         ),
+        ("ends & (special | {own})", "own in ends", "a second EOS is taken for a foreign tokenizer's"),
     ],
     "entropy_pl/policy/wrapper.py": [
         (
             "return [None if start is None else length - start for start in starts]",
             "return [None if start is None else length - start - 1 for start in starts]",
             "activated LoRA: offset by one",
+        ),
+        (
+            "None if start is None else start - pad",
+            "None if start is None else start",
+            "activated LoRA: padding counted in the offset",
         ),
     ],
     "entropy_pl/policy/positions.py": [
@@ -737,6 +757,40 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "shared memory: one of two gradients is lost",
         ),
     ],
+    "entropy_pl/policy/kernels.py": [
+        ("grouped = dtype is not torch.float64 and (", "grouped = (", "experts by grouped products in float64"),
+    ],
+    "entropy_pl/policy/set_aside.py": [
+        (
+            "dora.ENABLE_DORA_CACHING = False",
+            "dora.ENABLE_DORA_CACHING = True",
+            "a norm that DoRA kept is read at another θ",
+        ),
+        ('"output_router_logits": False', '"output_router_logits": True', "the routers' logits are asked for"),
+    ],
+    "entropy_pl/policy/duals.py": [
+        ("slots[name] = parameter", "pass", "forward mode: a shared parameter stays a dual number"),
+    ],
+    "entropy_pl/policy/micro_batches.py": [
+        (
+            "(longest > boundary) == (lengths[i] > boundary)",
+            "(longest > boundary) != (lengths[i] > boundary)",
+            "two position regimes are scored together",
+        ),
+    ],
+    "entropy_pl/probe/dry_run.py": [
+        ("if seen > SEEN_BACKWARDS", "if seen < 0", "dry run: a policy that reads later tokens passes"),
+    ],
+    "entropy_pl/attribution/parts.py": [
+        (
+            "first_order.value - self.first_order",
+            "self.first_order - first_order.value",
+            "remainder `differences`: sign flipped",
+        ),
+    ],
+    "entropy_pl/reporting/older_records.py": [
+        ("_known(eta * _number(part, key))", "_known(_number(part, key))", "older records: still per unit η"),
+    ],
     "entropy_pl/updates/left_out.py": [
         ("whole = math.hypot(change, taken_in)", "whole = taken_in", "what is left out: its share of the rest alone"),
     ],
@@ -764,7 +818,11 @@ OBJECTIVES = "tests/objectives"
 
 # The tests of its room, those first that are nearest to the file.
 TESTS: dict[str, tuple[str, ...]] = {
-    "entropy_pl/estimators/snis.py": (f"{ESTIMATORS}/test_closed_forms.py", "tests/faults/test_untrusted.py", ESTIMATORS),
+    "entropy_pl/estimators/snis.py": (
+        f"{ESTIMATORS}/test_closed_forms.py",
+        "tests/faults/test_untrusted.py",
+        ESTIMATORS,
+    ),
     "entropy_pl/estimators/derivatives.py": (f"{ESTIMATORS}/test_closed_forms.py", ESTIMATORS),
     "entropy_pl/estimators/critic.py": (f"{ESTIMATORS}/test_critic.py", ESTIMATORS),
     "entropy_pl/estimators/ridge.py": (f"{ESTIMATORS}/test_ridge.py", ESTIMATORS),
@@ -785,7 +843,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "entropy_pl/policy/tangents.py": ("tests/policy/test_tangents.py", f"{ATTRIBUTION}/test_errors.py"),
     "entropy_pl/policy/sample.py": ("tests/policy/test_sample.py",),
     "entropy_pl/updates/displace.py": (f"{UPDATES}/test_displacement.py", f"{UPDATES}/test_shared_memory.py"),
-    "entropy_pl/updates/change.py": (f"{UPDATES}/test_update_record.py",),
+    "entropy_pl/updates/change.py": (
+        f"{UPDATES}/test_update_record.py",
+        f"{UPDATES}/test_several_optimizers.py",
+    ),
     "entropy_pl/updates/record.py": (f"{UPDATES}/test_update_record.py", UPDATES),
     "entropy_pl/updates/vector.py": (f"{UPDATES}/test_update_vector.py", UPDATES),
     "entropy_pl/updates/adamw.py": (f"{UPDATES}/test_adam_components.py", UPDATES),
@@ -819,6 +880,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "entropy_pl/updates/check.py": (f"{UPDATES}/test_split_check.py",),
     "entropy_pl/policy/gradients.py": (f"{UPDATES}/test_shared_memory.py",),
     "entropy_pl/updates/left_out.py": ("tests/callbacks/test_optimizers_together.py",),
+    "entropy_pl/policy/kernels.py": ("tests/policy/test_experts.py",),
+    "entropy_pl/policy/set_aside.py": ("tests/policy/test_set_aside.py",),
+    "entropy_pl/policy/duals.py": ("tests/policy/test_trained_tokens.py", "tests/policy/test_tangents.py"),
+    "entropy_pl/policy/micro_batches.py": ("tests/policy/test_positions.py",),
+    "entropy_pl/probe/dry_run.py": ("tests/test_dry_run.py",),
+    "entropy_pl/attribution/parts.py": (f"{ATTRIBUTION}/test_errors.py",),
+    "entropy_pl/reporting/older_records.py": ("tests/reporting/test_older_records.py",),
+    "entropy_pl/updates/watched.py": (f"{UPDATES}/test_update_record.py", UPDATES),
 }
 
 MUTATIONS = [Mutation(file, *change, TESTS[file]) for file, changes in CHANGES.items() for change in changes]
