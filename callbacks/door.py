@@ -270,7 +270,7 @@ class ProbeDoor:
                 else replace(sources, rewards=self._reward_of, rewards_take_ids=False),
                 **self._sampling,
             )
-            doubts = (foreign_tokenizer(policy, tokenizer), truncated_sampling(sampling, probe.temperature))
+            doubts = (foreign_tokenizer(policy, tokenizer), truncated_sampling(sampling, probe.sampling_temperature))
             session.warnings.extend(doubt for doubt in doubts if doubt is not None)
             return session
 

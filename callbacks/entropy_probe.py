@@ -158,7 +158,9 @@ class EntropyProbeCallback(ProbeDoor, Callback):
                     f"UpdateBatch or None, got {type(batch).__name__}"
                 )
             loss = None if batch is None else batch.policy_gradient
-            own = getattr(pl_module, "temperature", None) if loss is None else loss.temperature
+            own = getattr(pl_module, "temperature", None)
+            if batch is not None and loss is not None:
+                own = loss.temperature or batch.rollout.temperature
             if own is not None and self._temperature not in (None, own):
                 raise ValueError(
                     f"expected the probe at the loss's temperature, {own}, at which its log-probs are, got "

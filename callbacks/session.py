@@ -489,7 +489,6 @@ class ProbeSession:
                 self.model,
                 rollout,
                 generated,
-                temperature=self.probe.temperature,
                 max_batch_tokens=self.probe.max_batch_tokens,
                 peers=self.peers,
             )
@@ -509,7 +508,7 @@ class ProbeSession:
                 [prompt.ids for prompt in prompts],
                 num_completions=self.completions_per_prompt,
                 max_new_tokens=self.max_new_tokens,
-                temperature=self.probe.temperature,
+                temperature=self.probe.sampling_temperature,
                 batch_size=self.sample_batch_size,
                 generated=generated,
             )

@@ -184,11 +184,12 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
             raise ValueError("expected the trainer, got none: EntropyProbeTrainerCallback(..., trainer=trainer)")
         if self._capture is None or session is None:
             raise ValueError(f"expected a trainer with {SCORING}, as TRL's GRPOTrainer, got {type(trainer).__name__}")
-        of_the_run = getattr(trainer, "temperature", session.probe.temperature)
-        if session.probe.temperature != of_the_run:
+        of_the_probe = session.probe.sampling_temperature
+        of_the_run = getattr(trainer, "temperature", of_the_probe)
+        if of_the_probe != of_the_run:
             raise ValueError(
                 f"expected the probe at the run's temperature, {of_the_run}, whose log-probs its loss is made of, got "
-                f"temperature={session.probe.temperature}"
+                f"temperature={of_the_probe}"
             )
         return self._capture.update_batch()
 

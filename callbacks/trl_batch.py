@@ -37,10 +37,11 @@ class _MicroBatch:
     by_logp: Tensor | None = None
     by_entropy: Tensor | None = None
     scale: float = 1.0
+    temperature: float = 1.0
 
     @property
     def rollout(self) -> Rollout:
-        return Rollout(*(self.inputs[name] for name in ROLLOUT))
+        return Rollout(**{name: self.inputs[name] for name in ROLLOUT}, temperature=self.temperature)
 
     @property
     def mask(self) -> Tensor:
@@ -129,7 +130,7 @@ class StepCapture:
         if not (self._watching and torch.is_grad_enabled()):
             return original(*args, **kwargs)
         try:
-            self._present = _micro_batch(*args, **kwargs)
+            self._present = _micro_batch(self._trainer, *args, **kwargs)
         except Exception as error:
             self._failure = error
         try:
@@ -206,7 +207,7 @@ class StepCapture:
         batch = replace(batch, weights=weights)
         if batch.entropy_coefficients is not None or (settings.kl_coefficient > 0 and batch.ref_logp is None):
             return batch
-        objective = PolicyGradient(settings, temperature=self._trainer.temperature)
+        objective = PolicyGradient(settings)
         training_batch = TrainingBatch(batch.rollout, advantages, weights, batch.ref_logp)
         expected, _ = objective.coefficients(training_batch, logp, batch.old_logp)
         # capped: half precision would take a loss for ours that is off by a quarter
@@ -216,14 +217,15 @@ class StepCapture:
         return replace(batch, policy_gradient=objective)
 
 
-def _micro_batch(model: Any, inputs: Mapping[str, Any], *_: Any, **__: Any) -> _MicroBatch:
+def _micro_batch(trainer: Any, model: Any, inputs: Mapping[str, Any], *_: Any, **__: Any) -> _MicroBatch:
     """Of ``compute_loss(model, inputs, ...)``."""
     if inputs.get("pixel_values") is not None:
         raise ValueError("expected U-prompts of text alone, got some with images, without which they cannot be scored")
     lacking = [name for name in ROLLOUT if name not in inputs]
     if lacking:
         raise ValueError(f"expected a loss of prompts and completions, got inputs without {', '.join(lacking)}")
-    return _MicroBatch({name: inputs[name] for name in KEPT if inputs.get(name) is not None})
+    kept = {name: inputs[name] for name in KEPT if inputs.get(name) is not None}
+    return _MicroBatch(kept, temperature=getattr(trainer, "temperature", 1.0))
 
 
 def _settings(trainer: Any) -> LossSettings | None:

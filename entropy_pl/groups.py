@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from entropy_pl.data.batch import PromptBatch
 from entropy_pl.objectives import RewardSum, zero_advantage_groups
 from entropy_pl.policy import decode_completions, end_token_ids, sample_completions
-from entropy_pl.rollout import Rollout
+from entropy_pl.rollout import Rollout, checked_temperature
 
 ZeroAdvantage = Literal["keep", "filter", "resample"]
 
@@ -107,8 +107,7 @@ class GroupSampler:
             raise ValueError(
                 f"expected zero_advantage out of {list(get_args(ZeroAdvantage))}, got {self.zero_advantage!r}"
             )
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"expected a temperature above 0, got {self.temperature}")
+        checked_temperature(self.temperature)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"expected top_p above 0 and at most 1, got {self.top_p}")
 

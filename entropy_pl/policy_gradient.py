@@ -57,7 +57,7 @@ class PolicyGradient:
     Args:
         loss: loss type, clip range, KL and entropy coefficients, which tokens are taught.
         advantage: how rewards become advantages within a group.
-        temperature: of the sampling distribution, whose log-probs the loss is made of.
+        temperature: of the distribution whose log-probs the loss is made of; None takes each rollout's own.
         max_batch_tokens: padded tokens per micro-batch; None takes what the free memory and the device suggest.
         dtype: of softmax, weights and loss.
 
@@ -67,7 +67,7 @@ class PolicyGradient:
 
     loss: LossSettings
     advantage: AdvantageKind = "mean_std"
-    temperature: float = 1.0
+    temperature: float | None = None
     max_batch_tokens: int | None = None
     dtype: torch.dtype = torch.float32
 
@@ -232,12 +232,11 @@ class PolicyGradient:
         """Rows, loss and statistics of every micro-batch, with a graph; to be differentiated before the next one."""
         budget = self.max_batch_tokens or default_batch_tokens(model, batch.rollout, graph=True)
         for rows in micro_batches(batch.rollout, budget, position_boundary(model)):
-            part = compact(batch.rollout, rows)
+            part = compact(batch.rollout, rows).at_temperature(self.temperature)
             width = part.completion_ids.shape[1]
             stats = policy_stats(
                 model,
                 part,
-                temperature=self.temperature,
                 dtype=self.dtype,
                 entropy_gradient=self.loss.entropy_coefficient > 0,
             )
@@ -258,9 +257,10 @@ class PolicyGradient:
         """Log-probs in eval mode, in the autocast that the caller chose, ``[N, T]``."""
 
         def score(part: Rollout) -> tuple[Tensor]:
-            return (completion_stats(model, part, self.temperature, self.dtype)[0],)
+            return (completion_stats(model, part, self.dtype)[0],)
 
         with evaluation_mode(model):
+            rollout = rollout.at_temperature(self.temperature)
             [logp] = over_micro_batches(model, rollout, score, outputs=1, max_batch_tokens=self.max_batch_tokens)
         return logp.to(self.dtype)
 

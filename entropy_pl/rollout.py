@@ -6,7 +6,10 @@ Notation, here and everywhere: N sequences, P prompt positions, T completion pos
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +24,22 @@ class Rollout:
         prompt_mask: ``[N, P]``, True at real tokens; stored as bool.
         completion_ids: token ids ``[N, T]``, right-padded.
         completion_mask: ``[N, T]``, True up to and including the first EOS; stored as bool.
+        temperature: of the distribution that the completions were drawn from, softmax(logits/temperature). Whoever
+            scores them takes log-probs and entropies of the same distribution.
 
     Raises:
-        ValueError: if a shape disagrees with the others, or a mask is padded on the wrong side.
+        ValueError: if a shape disagrees with the others, a mask is padded on the wrong side, or the temperature is not
+            positive and finite.
     """
 
     prompt_ids: Tensor
     prompt_mask: Tensor
     completion_ids: Tensor
     completion_mask: Tensor
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", checked_temperature(self.temperature))
         for name in ("prompt", "completion"):
             ids, mask = getattr(self, f"{name}_ids"), getattr(self, f"{name}_mask")
             if ids.ndim != 2 or mask.shape != ids.shape:
@@ -67,11 +75,28 @@ class Rollout:
 
     def select(self, index: Tensor) -> Rollout:
         """The rows of ``index``, padding kept as it is."""
-        return Rollout(*(getattr(self, field.name)[index] for field in fields(self)))
+        return self._mapped(lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str) -> Rollout:
         """The same rollout on another device."""
-        return Rollout(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return self._mapped(lambda tensor: tensor.to(device))
+
+    def at_temperature(self, temperature: float | None) -> Rollout:
+        """The same tokens as completions of another temperature; None keeps the rollout's own.
+
+        Raises:
+            ValueError: for a temperature that is not positive and finite.
+        """
+        return self if temperature is None else replace(self, temperature=temperature)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Token ids and masks by the names above."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Rollout:
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors.items()}
+        return replace(self, **changed)
 
     @staticmethod
     def empty(device: torch.device | str = "cpu") -> Rollout:
@@ -81,14 +106,21 @@ class Rollout:
 
     @staticmethod
     def concatenate(rollouts: list[Rollout]) -> Rollout:
-        """One rollout of all rows, padded to the longest prompt and completion (pad id 0, masked)."""
+        """One rollout of all rows, padded to the longest prompt and completion (pad id 0, masked).
+
+        Raises:
+            ValueError: for no rollout at all, or rollouts of several temperatures; those without rows do not count.
+        """
         if not rollouts:
             raise ValueError("expected at least one rollout to concatenate, got none")
+        temperatures = {rollout.temperature for rollout in rollouts if len(rollout)} or {rollouts[0].temperature}
+        if len(temperatures) > 1:
+            raise ValueError(f"expected rollouts of one temperature to concatenate, got {sorted(temperatures)}")
 
         def rows(name: str) -> Tensor:
-            return _stacked([getattr(rollout, name) for rollout in rollouts], pad_left=name.startswith("prompt"))
+            return _stacked([rollout.tensors[name] for rollout in rollouts], pad_left=name.startswith("prompt"))
 
-        return Rollout(*(rows(field.name) for field in fields(Rollout)))
+        return Rollout(**{name: rows(name) for name in rollouts[0].tensors}, temperature=temperatures.pop())
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +171,19 @@ class TokenStats:
     def detach(self) -> TokenStats:
         """The same numbers, cut from the graph."""
         return replace(self, logp=self.logp.detach(), entropy=self.entropy.detach())
+
+
+def checked_temperature(temperature: float) -> float:
+    """The temperature, if logits can be divided by it.
+
+    Raises:
+        ValueError: if it is not positive and finite.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"expected a finite temperature above 0, got {temperature} (greedy decoding is top_k=1 in sampling)"
+        )
+    return float(temperature)
 
 
 def prompt_clusters(rollout: Rollout) -> Tensor | None:

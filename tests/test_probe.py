@@ -86,6 +86,17 @@ def test_parts_agree_with_the_whole(enumeration, rollout):
     assert result.eta_star == pytest.approx(2 * abs(slope.value) / abs(result.second_order.value))
 
 
+def test_the_temperature_is_the_rollouts(enumeration, rollout):
+    part, update = rollout.select(torch.arange(0, N, 50)), update_of(enumeration, 0.1)
+    found = EntropyProbe().measure(enumeration.model, part.at_temperature(0.5), update)
+    said = EntropyProbe(temperature=0.5).measure(enumeration.model, part, update)  # of a rollout that does not say
+    stats = token_stats(enumeration.model, part, temperature=0.5)
+    assert found.entropy.value == said.entropy.value == pytest.approx(float(stats.entropy.sum() / stats.mask.sum()))
+    assert found.to_dict()["temperature"] == said.to_dict()["temperature"] == 0.5
+    with pytest.raises(ValueError, match=r"drawn at the probe's temperature, 0\.7, got one drawn at 0\.5"):
+        EntropyProbe(temperature=0.7).measure(enumeration.model, part.at_temperature(0.5), update)
+
+
 def test_eta_star_is_where_the_parabola_doubles_the_line(enumeration, rollout):
     """At η*, |½ v'∇²Hv η²| = |⟨∇H, v⟩ η|."""
     result = EntropyProbe().measure(enumeration.model, rollout, update_of(enumeration, 0.1))
@@ -188,7 +199,7 @@ def test_no_learning_rate_no_step_taken(enumeration, rollout):
     [
         ({"etas": [math.nan]}, "every number in etas finite and not 0, got nan"),
         ({"eta_multipliers": [0]}, "every number in eta_multipliers finite and not 0"),
-        ({"temperature": -1.0}, "temperature > 0"),
+        ({"temperature": -1.0}, "temperature above 0"),
         ({"precision": "bf16"}, "precision to be one of .*, got 'bf16'"),
         ({"weighting": "none"}, "weighting"),
     ],

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from entropy_pl import Rollout, TokenStats
+from entropy_pl.policy.micro_batches import compact
 from entropy_pl.rollout import prompt_clusters
 
 
@@ -99,6 +100,21 @@ class TestRollout:
     def test_frozen(self):
         with pytest.raises(AttributeError):
             Rollout(**tensors()).prompt_ids = torch.zeros(1)
+
+
+def test_a_rollout_keeps_its_temperature():
+    rollout = Rollout(**tensors(), temperature=0.7)
+    rows = torch.tensor([0, 2])
+    for kept in (rollout.select(rows), rollout.to("cpu"), compact(rollout, rows), Rollout.concatenate([rollout] * 2)):
+        assert kept.temperature == 0.7
+    # what a process holds whose share is nothing says nothing of the others' temperature
+    assert Rollout.concatenate([Rollout.empty(), rollout]).temperature == 0.7
+    assert rollout.at_temperature(None) is rollout
+    assert rollout.at_temperature(2.0).temperature == 2.0
+    with pytest.raises(ValueError, match=r"one temperature to concatenate, got \[0\.7, 1\.0\]"):
+        Rollout.concatenate([rollout, Rollout(**tensors())])
+    with pytest.raises(ValueError, match="temperature above 0, got inf"):
+        rollout.at_temperature(float("inf"))
 
 
 class TestTokenStats:

@@ -106,24 +106,24 @@ def test_what_was_refused_stays_refused_and_what_passed_is_not_scored_again(monk
     model, gate = broken(Stale), SamplerGate()
     gate.refuse_again()
     with pytest.raises(SamplerMismatchError) as first:
-        gate.check(model, *drawn(model), temperature=1.0)
+        gate.check(model, *drawn(model))
     assert gate.gap > 1e-3
     with pytest.raises(SamplerMismatchError) as second:
         gate.refuse_again()
     assert str(first.value) == str(second.value)
 
     model, gate = build_model(), SamplerGate()
-    measured = gate.check(model, *drawn(model, tokens=4), temperature=1.0)
+    measured = gate.check(model, *drawn(model, tokens=4))
     other = broken(Stale)  # would be refused
-    assert gate.check(other, *drawn(other, tokens=4), temperature=1.0) == measured == gate.gap
+    assert gate.check(other, *drawn(other, tokens=4)) == measured == gate.gap
     with pytest.raises(SamplerMismatchError):  # but these are sequences of another length
-        gate.check(other, *drawn(other, tokens=30), temperature=1.0)
+        gate.check(other, *drawn(other, tokens=30))
 
 
 def test_without_log_probs_nothing_is_said():
     model, gate = build_model(), SamplerGate()
     rollout, _ = drawn(model)
-    assert gate.check(model, rollout, GeneratedLogProbs(), temperature=1.0) is None
+    assert gate.check(model, rollout, GeneratedLogProbs()) is None
     gate.refuse_again()
     with pytest.raises(ValueError, match="got none"):
         sampler_gap(model, rollout, GeneratedLogProbs())
@@ -157,7 +157,7 @@ def test_all_processes_refuse_if_one_has_to(last):
     def check(rank: int) -> None:
         try:
             peers = ThreadPeers(rank, board, barrier)
-            found[rank] = gates[rank].check(models[rank], *shares[rank], temperature=1.0, peers=peers)
+            found[rank] = gates[rank].check(models[rank], *shares[rank], peers=peers)
         except SamplerMismatchError as error:
             found[rank] = str(error)
 

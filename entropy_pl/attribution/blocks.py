@@ -43,7 +43,7 @@ def token_standard_errors(
     weighting: Weighting = "prefix",
     integrand: Integrand = "rao_blackwell",
     clusters: Clusters = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     method: Method = "auto",
     entropy_dtype: torch.dtype = torch.float64,
     max_batch_tokens: int | None = None,
@@ -68,7 +68,7 @@ def token_standard_errors(
         weighting: ``prefix`` or ``sequence``.
         integrand: ``rao_blackwell`` or ``surprisal``.
         clusters: prompt of each completion of E, ``[N]``; None groups equal prompts by themselves.
-        temperature: of the sampling distribution.
+        temperature: that logits are divided by; None takes each rollout's own.
         method: of U's derivatives.
         entropy_dtype: dtype of softmax and entropy.
         max_batch_tokens: padded tokens per micro-batch.
@@ -85,11 +85,8 @@ def token_standard_errors(
             "expected an update with a preconditioner, got none: "
             f"{update.why_no_preconditioner or 'read it with record_update, or give preconditioner='}"
         )
-    scoring: dict[str, Any] = {
-        "temperature": temperature,
-        "entropy_dtype": entropy_dtype,
-        "max_batch_tokens": max_batch_tokens,
-    }
+    eval_rollout, update_rollout = (rollout.at_temperature(temperature) for rollout in (eval_rollout, update_rollout))
+    scoring: dict[str, Any] = {"entropy_dtype": entropy_dtype, "max_batch_tokens": max_batch_tokens}
     names = list(preconditioner)
     base = token_stats(model, eval_rollout, **scoring) if base is None else base
     update_base = token_stats(model, update_rollout, **scoring) if update_base is None else update_base

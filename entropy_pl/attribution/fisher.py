@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ def fisher_kernel(
     rollout_b: Rollout,
     *,
     preconditioner: Direction | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     entropy_dtype: torch.dtype = torch.float64,
     max_bytes: int = DEFAULT_BYTES,
 ) -> Tensor:
@@ -40,7 +39,7 @@ def fisher_kernel(
         rollout_b: ``[N_b, T_b]``; the very object ``rollout_a`` makes a symmetric kernel for half the passes.
         preconditioner: P by parameter name (``UpdateVector.preconditioner``); its names are the parameters that count.
             None: P = 1 over the trainable parameters.
-        temperature: of the sampling distribution.
+        temperature: that logits are divided by; None takes each rollout's own.
         entropy_dtype: dtype of the softmax.
         max_bytes: for the gradients of one block of b.
 
@@ -52,13 +51,12 @@ def fisher_kernel(
     """
     names = list(trainable_parameters(model) if preconditioner is None else preconditioner)
     metric = None if preconditioner is None else torch.cat([preconditioner[name].flatten() for name in names])
-    options: dict[str, Any] = {"temperature": temperature, "entropy_dtype": entropy_dtype}
 
     def gradients(rollout: Rollout, start: int, end: int) -> Iterator[Tensor]:
-        part = rollout.select(torch.arange(start, end, device=rollout.prompt_ids.device))
+        part = rollout.select(torch.arange(start, end, device=rollout.prompt_ids.device)).at_temperature(temperature)
         mask = part.completion_mask
         ones = TokenStats(mask.double(), torch.zeros_like(mask, dtype=torch.float64), mask)
-        return sequence_gradients(model, part, ones, names, **options)
+        return sequence_gradients(model, part, ones, names, entropy_dtype=entropy_dtype)
 
     fisher_kernel_cost(model, rollout_a, rollout_b, preconditioner=preconditioner, max_bytes=max_bytes)
     kernel, _ = gradient_kernel(

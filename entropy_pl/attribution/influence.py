@@ -61,7 +61,7 @@ def attribute_update(
     clusters: Clusters = None,
     update_clusters: Clusters = None,
     confidence: float = 0.95,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     method: Method = "auto",
     entropy_dtype: torch.dtype = torch.float64,
     max_batch_tokens: int | None = None,
@@ -96,7 +96,7 @@ def attribute_update(
         clusters: prompt of each completion of E, ``[N]``; None groups equal prompts by themselves.
         update_clusters: prompt of each completion of U, ``[N_U]``; None likewise.
         confidence: of the intervals.
-        temperature: of the sampling distribution, for E and U alike.
+        temperature: that logits are divided by, for E and U alike; None takes each rollout's own.
         method: of U's derivative: ``auto``, ``forward_mode`` or ``central_difference``.
         entropy_dtype: dtype of softmax, log-prob and entropy.
         max_batch_tokens: padded tokens per micro-batch; None takes what the free memory and the device suggest.
@@ -114,11 +114,8 @@ def attribute_update(
             "expected an update with components and preconditioner, got none: "
             f"{update.why_no_preconditioner or 'read it with record_update, or give components='}"
         )
-    scoring: dict[str, Any] = {
-        "temperature": temperature,
-        "entropy_dtype": entropy_dtype,
-        "max_batch_tokens": max_batch_tokens,
-    }
+    eval_rollout, update_rollout = (rollout.at_temperature(temperature) for rollout in (eval_rollout, update_rollout))
+    scoring: dict[str, Any] = {"entropy_dtype": entropy_dtype, "max_batch_tokens": max_batch_tokens}
     estimate: dict[str, Any] = {"normalize": normalize, "weighting": weighting, "integrand": integrand}
     passes: dict[str, Any] = {**scoring, "peers": peers, "on_pass": on_pass}
     shares = Shares(peers)

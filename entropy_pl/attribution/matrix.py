@@ -64,7 +64,7 @@ def influence_matrix(
     weighting: Weighting = "prefix",
     integrand: Integrand = "rao_blackwell",
     clusters: Clusters = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     entropy_dtype: torch.dtype = torch.float64,
     max_batch_tokens: int | None = None,
     max_bytes: int = DEFAULT_BYTES,
@@ -87,7 +87,7 @@ def influence_matrix(
         weighting: ``prefix`` or ``sequence``.
         integrand: ``rao_blackwell`` or ``surprisal``.
         clusters: prompt of each completion of E, ``[N_E]``; None groups equal prompts by themselves.
-        temperature: of the sampling distribution.
+        temperature: that logits are divided by; None takes each rollout's own.
         entropy_dtype: dtype of softmax and entropy.
         max_batch_tokens: padded tokens per micro-batch of the passes over all of E.
         max_bytes: for the gradients of one block of U.
@@ -102,8 +102,9 @@ def influence_matrix(
         )
     influence_matrix_cost(model, len(eval_rollout), len(update_rollout), update, max_bytes=max_bytes)  # or refuse
     names = list(update.preconditioner)
+    eval_rollout, update_rollout = (rollout.at_temperature(temperature) for rollout in (eval_rollout, update_rollout))
     estimate: dict[str, Any] = {"normalize": normalize, "weighting": weighting, "integrand": integrand}
-    scoring: dict[str, Any] = {"temperature": temperature, "entropy_dtype": entropy_dtype}
+    scoring: dict[str, Any] = {"entropy_dtype": entropy_dtype}
     batched: dict[str, Any] = {**scoring, "max_batch_tokens": max_batch_tokens}
     base = token_stats(model, eval_rollout, **batched) if base is None else base
     clusters = prompt_clusters(eval_rollout) if clusters is None else clusters

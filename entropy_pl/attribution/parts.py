@@ -96,7 +96,7 @@ class Attribution:
         values = {name: getattr(self, name) for name in ("first_order", "momentum", "weight_decay", "gradient")}
         found = {name: self._plain(name, value, eta) for name, value in values.items()}
         if first_order is not None:
-            whole = first_order.scaled(eta)
+            whole = eta * first_order
             found["first_order"] |= {name: getattr(whole, name) for name in ("value", "stderr", "ci_low", "ci_high")}
         return found | {
             "tokens": self._plain("tokens", self.tokens, eta, of_u=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,27 @@ class EntropyChange:
     def trustworthy(self) -> bool:
         """Whether value and interval may be believed: there are no :attr:`warnings`."""
         return not self.warnings
+
+    def __add__(self, other: EntropyChange) -> EntropyChange:
+        """The sum of two estimates of one batch: their influences add, so that the noise they share is counted once.
+
+        Raises:
+            ValueError: for estimates of different sequences, prompts or confidence.
+        """
+        return linear_combination([(1.0, self), (1.0, other)]) if isinstance(other, EntropyChange) else NotImplemented
+
+    def __sub__(self, other: EntropyChange) -> EntropyChange:
+        """The difference of two estimates of one batch, in which the noise they share cancels; errors as for a sum."""
+        return linear_combination([(1.0, self), (-1.0, other)]) if isinstance(other, EntropyChange) else NotImplemented
+
+    def __mul__(self, factor: float) -> EntropyChange:
+        """The estimate times a number: value, interval and influences alike."""
+        return self.scaled(factor) if isinstance(factor, Real) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> EntropyChange:
+        return self.scaled(-1.0)
 
     def scaled(self, factor: float) -> EntropyChange:
         """The same estimate times a number: δH₁(η) from δH₁ per unit η."""

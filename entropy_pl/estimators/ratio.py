@@ -127,11 +127,8 @@ def ratio(numerator: EntropyChange, denominator: EntropyChange) -> Ratio:
     """
     found = fieller_set(numerator, denominator)
     a, b = numerator.value, denominator.value
-    v, _ = covariance(torch.stack([numerator.influence, denominator.influence]), numerator.clusters)
     value = a / b if b else math.nan
-    # max: rounding may take the variance of a difference that cancels below zero
-    variance = float(v[0, 0] - 2 * value * v[0, 1] + value**2 * v[1, 1])
-    stderr = math.sqrt(max(variance, 0.0)) / abs(b) if b else math.nan
+    stderr = (numerator - value * denominator).stderr / abs(b) if b else math.nan
     if not found.bounded:
         return Ratio(value, stderr, None, None, bounded=False)
     return Ratio(value, stderr, found.low, found.high, bounded=True)

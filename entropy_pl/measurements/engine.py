@@ -204,13 +204,8 @@ class EntropyMeasurements:
                 generated = GeneratedLogProbs()
                 rollout = draw_e_batch(policy, data.e_prompts, settings, generated)
                 with settings.probe().evaluation(policy.model):
-                    gap = self._gate.check(
-                        policy.model,
-                        rollout,
-                        generated,
-                        temperature=settings.generation.temperature,
-                        max_batch_tokens=settings.probe().max_batch_tokens,
-                    )
+                    budget = settings.probe().max_batch_tokens
+                    gap = self._gate.check(policy.model, rollout, generated, max_batch_tokens=budget)
             on_pass("sampling E")
         each = settings.batch_config.completions_per_prompt
         return Drawn(

@@ -18,6 +18,7 @@ from entropy_pl.policy.settings import Dtype, Quantization
 from entropy_pl.policy.tangents import Method
 from entropy_pl.probe import ATTRIBUTION_PASSES, EntropyProbe, Precision
 from entropy_pl.reporting import LoggingSettings
+from entropy_pl.rollout import checked_temperature
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,7 @@ class GenerationSettings:
     compile_statistics: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"expected a temperature above 0, got {self.temperature}")
+        checked_temperature(self.temperature)
         for name in ("max_new_tokens", "sample_batch_size", "max_batch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

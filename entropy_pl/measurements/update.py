@@ -150,8 +150,7 @@ def u_gradient(model: nn.Module, groups: Groups, settings: MeasurementSettings) 
     objective = PolicyGradient(
         settings.update.loss(settings.generation.max_new_tokens),
         settings.update.advantage,
-        settings.generation.temperature,
-        settings.generation.max_batch_tokens,
+        max_batch_tokens=settings.generation.max_batch_tokens,
         dtype=torch.float64 if double else torch.float32,
     )
     with gradient_precision(model, settings.precision):

@@ -23,7 +23,6 @@ def weighted_gradient(
     coefficients: TokenStats,
     names: Iterable[str],
     *,
-    temperature: float = 1.0,
     entropy_dtype: torch.dtype = torch.float64,
     max_batch_tokens: int | None = None,
 ) -> dict[str, Tensor]:
@@ -31,7 +30,7 @@ def weighted_gradient(
 
     The model runs as in :func:`~entropy_pl.policy.score.token_stats`. Softmax and entropy are not differentiated by
     autograd, whose graph would be several times the logits, but by hand, a bounded number of rows at a time: with p the
-    distribution, z its logits and τ the temperature,
+    distribution, z its logits and τ the rollout's temperature,
 
         ∂ log p_t/∂z_j = (1_jt − p_j)/τ,    ∂h/∂z_j = −p_j (log p_j + h)/τ.
 
@@ -40,7 +39,6 @@ def weighted_gradient(
         rollout: ``[N, P]`` and ``[N, T]``; a micro-batch without coefficients is left out.
         coefficients: a as ``logp`` and b as ``entropy``, ``[N, T]``.
         names: of the parameters to differentiate by; of one that shares its memory with others, by all of them.
-        temperature: of the sampling distribution.
         entropy_dtype: dtype of softmax and entropy.
         max_batch_tokens: padded tokens per micro-batch; None takes what the free memory and the device suggest.
 
@@ -78,7 +76,7 @@ def weighted_gradient(
                 part.completion_ids[mask],
                 a[:, :width][mask],
                 b[:, :width][mask],
-                temperature,
+                part.temperature,
                 entropy_dtype,
             )
             gradients = torch.autograd.grad(logits, held, by_logits, allow_unused=True)
@@ -96,7 +94,6 @@ def sequence_gradients(
     coefficients: TokenStats,
     names: Iterable[str],
     *,
-    temperature: float = 1.0,
     entropy_dtype: torch.dtype = torch.float64,
 ) -> Iterator[Tensor]:
     """:func:`weighted_gradient` of every sequence by itself, as one flat vector ``[d]`` each, in the rollout's order.
@@ -110,5 +107,5 @@ def sequence_gradients(
             rollout.select(index.to(rollout.prompt_ids.device)),
             coefficients.select(index.to(coefficients.logp.device)),
         )
-        gradient = weighted_gradient(model, part, of_part, names, temperature=temperature, entropy_dtype=entropy_dtype)
+        gradient = weighted_gradient(model, part, of_part, names, entropy_dtype=entropy_dtype)
         yield torch.cat([gradient[name].flatten() for name in names])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import psutil
 import torch
@@ -94,11 +95,12 @@ def compact(rollout: Rollout, rows: Tensor) -> Rollout:
     part = rollout.select(rows)
     prompts, completions = int(part.prompt_lengths.max()), int(part.completion_lengths.max())
     start = part.prompt_ids.shape[1] - prompts
-    return Rollout(
-        part.prompt_ids[:, start:],
-        part.prompt_mask[:, start:],
-        part.completion_ids[:, :completions],
-        part.completion_mask[:, :completions],
+    return replace(
+        part,
+        prompt_ids=part.prompt_ids[:, start:],
+        prompt_mask=part.prompt_mask[:, start:],
+        completion_ids=part.completion_ids[:, :completions],
+        completion_mask=part.completion_mask[:, :completions],
     )
 
 

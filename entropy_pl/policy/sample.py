@@ -30,7 +30,7 @@ from entropy_pl.policy.positions import position_boundary
 from entropy_pl.policy.precision import computes_in_half, evaluation_mode
 from entropy_pl.policy.wrapper import base_of, wrapper_kept
 from entropy_pl.progress import part
-from entropy_pl.rollout import Rollout
+from entropy_pl.rollout import Rollout, checked_temperature
 
 MAX_ROWS = 256
 """Rows sampled at once at most when ``batch_size`` is not given."""
@@ -147,7 +147,7 @@ def sample_completions(
     completion_mask = _up_to_first_end(completion_ids, ends)
     width = int(completion_mask.any(0).sum())
     completion_ids = completion_ids.masked_fill(~completion_mask, pad)
-    return Rollout(prompt_ids, prompt_mask, completion_ids[:, :width], completion_mask[:, :width])
+    return Rollout(prompt_ids, prompt_mask, completion_ids[:, :width], completion_mask[:, :width], temperature)
 
 
 def check_prompts(
@@ -319,8 +319,7 @@ def _check_arguments(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"expected {name} of at least 1, got {value}")
-    if not 0.0 < temperature < float("inf"):
-        raise ValueError(f"expected a temperature above 0, got {temperature} (for greedy decoding use top_k=1)")
+    checked_temperature(temperature)
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"expected top_p in (0, 1], got {top_p}")
 

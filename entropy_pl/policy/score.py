@@ -23,7 +23,7 @@ def token_stats(
     *,
     update: UpdateVector | None = None,
     eta: float = 0.0,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     entropy_dtype: torch.dtype = torch.float64,
     max_batch_tokens: int | None = None,
 ) -> TokenStats:
@@ -36,7 +36,7 @@ def token_stats(
         rollout: prompts ``[N, P]`` and completions ``[N, T]``.
         update: v; None scores at θ.
         eta: η, the step along v.
-        temperature: of the sampling distribution; logits are divided by it.
+        temperature: that logits are divided by; None takes the rollout's.
         entropy_dtype: the dtype of softmax, log-prob and entropy.
         max_batch_tokens: padded tokens per micro-batch; None takes what the free memory and the device suggest.
 
@@ -49,18 +49,18 @@ def token_stats(
     """
     if eta != 0 and update is None:
         raise ValueError(f"expected an update to go with eta={eta:g}, got none: token_stats(..., update=v, eta=...)")
+    rollout = rollout.at_temperature(temperature)
     with evaluation(model), torch.no_grad():
         if update is not None and eta != 0:
             with displaced(model, update, eta):
-                return _scored(model, rollout, temperature, entropy_dtype, max_batch_tokens)
-        return _scored(model, rollout, temperature, entropy_dtype, max_batch_tokens)
+                return _scored(model, rollout, entropy_dtype, max_batch_tokens)
+        return _scored(model, rollout, entropy_dtype, max_batch_tokens)
 
 
 def policy_stats(
     model: nn.Module,
     rollout: Rollout,
     *,
-    temperature: float = 1.0,
     dtype: torch.dtype = torch.float32,
     entropy_gradient: bool = False,
 ) -> TokenStats:
@@ -72,14 +72,13 @@ def policy_stats(
     Args:
         model: a causal language model.
         rollout: one micro-batch, ``[n, P]`` and ``[n, T]``.
-        temperature: of the sampling distribution.
         dtype: the dtype of softmax, log-prob and entropy.
         entropy_gradient: whether entropies are differentiable.
 
     Returns:
         Statistics in nats, ``[n, T]``, of ``dtype``.
     """
-    logits, mask = completion_logits(model, rollout), rollout.completion_mask
+    logits, mask, temperature = completion_logits(model, rollout), rollout.completion_mask, rollout.temperature
     targets = rollout.completion_ids[mask]
     if entropy_gradient:
         logp, entropy = logits_to_stats(logits, targets, temperature, dtype)
@@ -91,9 +90,7 @@ def policy_stats(
     return TokenStats(_scatter(logp, mask), _scatter(entropy, mask), mask)
 
 
-def completion_stats(
-    model: nn.Module, rollout: Rollout, temperature: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def completion_stats(model: nn.Module, rollout: Rollout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of a micro-batch's completion tokens, in whatever mode and autocast the caller chose.
 
     Made for passes without a graph: the logits of a chunk of tokens are forgotten before the next chunk's are made.
@@ -101,7 +98,6 @@ def completion_stats(
     Args:
         model: a causal language model.
         rollout: one micro-batch, ``[n, P]`` and ``[n, T]``.
-        temperature: of the sampling distribution.
         dtype: the dtype of softmax, log-prob and entropy.
 
     Returns:
@@ -113,7 +109,7 @@ def completion_stats(
     targets = rollout.completion_ids[rollout.completion_mask]
     parts, done = [], 0
     for logits in completion_logit_chunks(model, rollout):
-        parts.append(chunked_stats(logits, targets[done : done + len(logits)], temperature, dtype))
+        parts.append(chunked_stats(logits, targets[done : done + len(logits)], rollout.temperature, dtype))
         done += len(logits)
         del logits  # before the next chunk is made
     logp, entropy = joined(parts)
@@ -149,14 +145,9 @@ def head_inputs(model: nn.Module, rollout: Rollout, *, max_batch_tokens: int | N
     return states
 
 
-def _scored(
-    model: nn.Module, rollout: Rollout, temperature: float, dtype: torch.dtype, max_batch_tokens: int | None
-) -> TokenStats:
-    if not temperature > 0:
-        raise ValueError(f"expected a temperature > 0, got {temperature}")
-
+def _scored(model: nn.Module, rollout: Rollout, dtype: torch.dtype, max_batch_tokens: int | None) -> TokenStats:
     def score(part: Rollout) -> tuple[Tensor, Tensor]:
-        return completion_stats(model, part, temperature, dtype)
+        return completion_stats(model, part, dtype)
 
     logp, entropy = over_micro_batches(model, rollout, score, outputs=2, max_batch_tokens=max_batch_tokens)
     return TokenStats(logp, entropy, rollout.completion_mask.to(logp.device))

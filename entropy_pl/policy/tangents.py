@@ -56,7 +56,7 @@ def token_stats_jvp(
     rollout: Rollout,
     update: UpdateVector,
     *,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     method: Method = "auto",
     entropy_dtype: torch.dtype = torch.float64,
     max_batch_tokens: int | None = None,
@@ -68,7 +68,7 @@ def token_stats_jvp(
         model: a causal language model.
         rollout: ``[N, T]``.
         update: v.
-        temperature: of the sampling distribution.
+        temperature: that logits are divided by; None takes the rollout's.
         method: ``forward_mode`` is exact, but meets no quantized layer and needs unfused attention;
             ``central_difference`` is two plain passes; ``auto`` takes forward mode in float64, differences otherwise.
         entropy_dtype: dtype of softmax, log-prob and entropy.
@@ -86,9 +86,8 @@ def token_stats_jvp(
     """
     result = tangents(
         model,
-        rollout,
+        rollout.at_temperature(temperature),
         update,
-        temperature=temperature,
         method=method,
         entropy_dtype=entropy_dtype,
         max_batch_tokens=max_batch_tokens,
@@ -102,7 +101,6 @@ def tangents(
     rollout: Rollout,
     update: UpdateVector,
     *,
-    temperature: float = 1.0,
     method: Method = "auto",
     base: TokenStats | None = None,
     entropy_dtype: torch.dtype = torch.float64,
@@ -117,7 +115,6 @@ def tangents(
         model: a causal language model.
         rollout: ``[N, T]``.
         update: v.
-        temperature: of the sampling distribution.
         method: see :func:`token_stats_jvp`.
         base: statistics at θ, if they are already at hand.
         entropy_dtype: dtype of softmax, log-prob and entropy.
@@ -133,13 +130,13 @@ def tangents(
     with evaluation(model), torch.no_grad():
         chosen = resolve_method(model, method)
         if chosen == "forward_mode":
-            result = _forward_mode(model, rollout, update, temperature, entropy_dtype, max_batch_tokens)
+            result = _forward_mode(model, rollout, update, entropy_dtype, max_batch_tokens)
             on_pass("tangents")
             return result
 
         if max_batch_tokens is None:  # once, so that all passes round alike
             max_batch_tokens = default_batch_tokens(model, rollout)
-        stats = _stats_along(model, rollout, update, temperature, entropy_dtype, max_batch_tokens, on_pass)
+        stats = _stats_along(model, rollout, update, entropy_dtype, max_batch_tokens, on_pass)
         rollout = rollout.to(model_device(model))
         if update.norm() == 0:
             base = stats(0.0) if base is None else base
@@ -157,7 +154,6 @@ def one_sided_tangent(
     update: UpdateVector,
     base: TokenStats,
     *,
-    temperature: float = 1.0,
     entropy_dtype: torch.dtype = torch.float64,
     max_batch_tokens: int | None = None,
     peers: Peers = ALONE,
@@ -173,7 +169,6 @@ def one_sided_tangent(
         rollout: ``[N, T]``.
         update: v.
         base: statistics of the rollout at θ.
-        temperature: of the sampling distribution.
         entropy_dtype: dtype of softmax, log-prob and entropy.
         max_batch_tokens: padded tokens per micro-batch.
         peers: who hold the other rows of the rollout.
@@ -191,7 +186,7 @@ def one_sided_tangent(
         rollout = rollout.to(model_device(model))
         if max_batch_tokens is None:
             max_batch_tokens = default_batch_tokens(model, rollout)
-        stats = _stats_along(model, rollout, update, temperature, entropy_dtype, max_batch_tokens, on_pass)
+        stats = _stats_along(model, rollout, update, entropy_dtype, max_batch_tokens, on_pass)
         step = _difference_step(stats, rollout, base, update, TARGET_LOG_RATIO[_compute_dtype(model)], peers)
         moved = stats(step)
         return TokenStats((moved.logp - base.logp) / step, (moved.entropy - base.entropy) / step, base.mask)
@@ -244,7 +239,6 @@ def _stats_along(
     model: nn.Module,
     rollout: Rollout,
     update: UpdateVector,
-    temperature: float,
     entropy_dtype: torch.dtype,
     max_batch_tokens: int | None,
     on_pass: Callable[[str], None],
@@ -257,7 +251,6 @@ def _stats_along(
             rollout if rows is None else rollout.select(rows),
             update=update,
             eta=eta,
-            temperature=temperature,
             entropy_dtype=entropy_dtype,
             max_batch_tokens=max_batch_tokens,
         )
@@ -272,7 +265,6 @@ def _forward_mode(
     model: nn.Module,
     rollout: Rollout,
     update: UpdateVector,
-    temperature: float,
     dtype: torch.dtype,
     max_batch_tokens: int | None,
 ) -> Tangents:
@@ -281,7 +273,7 @@ def _forward_mode(
 
     def score(part: Rollout) -> tuple[Tensor, ...]:
         def stats() -> tuple[Tensor, Tensor]:
-            return completion_stats(model, part, temperature, dtype)
+            return completion_stats(model, part, dtype)
 
         values, rates = derivatives(model, tangent, stats)
         return *values, *rates

@@ -90,9 +90,8 @@ def _tried(
 
     try:
         with isolated_rng(0), probe.evaluation(model):
-            drawn = sample_completions(
-                model, tokenizer, prompts, max_new_tokens=tokens, temperature=probe.temperature, batch_size=2
-            )
+            at = probe.sampling_temperature
+            drawn = sample_completions(model, tokenizer, prompts, max_new_tokens=tokens, temperature=at, batch_size=2)
             rollout = _without_ends(drawn, tokens)
             phase = "scoring"
             seen = _seen_backwards(probe, model, rollout)
@@ -138,7 +137,7 @@ def _without_ends(rollout: Rollout, tokens: int) -> Rollout:
     """The same completions going on behind their end, so that all have as many tokens."""
     missing = tokens - rollout.completion_ids.shape[1]
     ids = torch.cat([rollout.completion_ids, rollout.completion_ids[:, -1:].expand(-1, missing)], 1)
-    return Rollout(rollout.prompt_ids, rollout.prompt_mask, ids, torch.ones_like(ids, dtype=torch.bool))
+    return replace(rollout, completion_ids=ids, completion_mask=torch.ones_like(ids, dtype=torch.bool))
 
 
 def _seen_backwards(probe: EntropyProbe, model: nn.Module, rollout: Rollout) -> float:
@@ -153,7 +152,7 @@ def _seen_backwards(probe: EntropyProbe, model: nn.Module, rollout: Rollout) -> 
     other[:, -1] = torch.where(
         other[:, -1] == rollout.completion_ids[:, -1], rollout.completion_ids[:, 0], other[:, -1]
     )
-    changed = Rollout(rollout.prompt_ids, rollout.prompt_mask, other, rollout.completion_mask)
+    changed = replace(rollout, completion_ids=other)
     before, after = (token_stats(model, r, **probe.scoring).logp[:, :-1] for r in (rollout, changed))
     return float((before - after).abs().max()) if before.numel() else 0.0
 

@@ -97,7 +97,8 @@ class EntropyProbe(ProbeSettings):
 
         Args:
             model: the policy at θ, the parameters the E-batch was drawn from.
-            rollout: the E-batch, ``[N, T]``, drawn at this probe's temperature with top_p = 1 and no top-k.
+            rollout: the E-batch, ``[N, T]``, drawn with top_p = 1 and no top-k; log-probs and entropies are taken at
+                its temperature.
             update: v.
             update_batch: the U-batch behind v; with it the change is attributed to the step's parts and tokens.
             rewards: of the E-batch's completions, ``[N]``; with them the expected reward's change is measured too.
@@ -150,6 +151,7 @@ class EntropyProbe(ProbeSettings):
         """The model passes of :meth:`measure` over E, with its arguments and errors."""
         with peers.together():
             update.checked_norm()
+            rollout = self.drawn(rollout)
             if rewards is not None:
                 rewards = checked_rewards(rewards, len(rollout))
             settled = self._settled(model, rollout)
@@ -273,6 +275,7 @@ class EntropyProbe(ProbeSettings):
             "clusters": scores.clusters,
             **self.estimate,
             **self.scoring,
+            "temperature": self.temperature,
         }
 
     def _settled(self, model: nn.Module, rollout: Rollout) -> EntropyProbe:
@@ -323,6 +326,7 @@ class EntropyProbe(ProbeSettings):
             seconds,
             differences=differences,
             halved=halved,
+            temperature=rollout.temperature,
         )
 
     def _score_counterfactuals(

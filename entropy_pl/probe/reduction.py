@@ -17,7 +17,6 @@ from entropy_pl.estimators import (
     first_order_delta_reward,
     fit_power_law,
     jackknife_standard_error,
-    linear_combination,
     low_variance_delta_entropy,
     ratio,
     reward_baseline,
@@ -84,9 +83,9 @@ def reduce_scores(settings: ProbeSettings, scores: ProbeScores, update: UpdateVe
             eta=eta,
             taken=eta == update.lr,
             true=entropy.at(eta, shifted),
-            first_order=entropy.first.scaled(eta),
+            first_order=eta * entropy.first,
             reward_true=None if reward is None else reward.at(eta, shifted),
-            reward_first_order=None if reward is None else reward.first.scaled(eta),
+            reward_first_order=None if reward is None else eta * reward.first,
         )
         for eta, shifted in scores.shifted.items()
     ]
@@ -124,7 +123,7 @@ def reduce_scores(settings: ProbeSettings, scores: ProbeScores, update: UpdateVe
         exchange_rate=exchange_rate,
         counterfactuals=_counterfactuals(scores, entropy, reward, scores.shifted.get(update.lr)),
         seconds=dict(scores.seconds),
-        settings=settings.recorded,
+        settings=settings.recorded | {"temperature": scores.temperature},
         warnings=doubts(sweep, entropy.first, derivatives, scores, update.lr),
     )
 
@@ -185,7 +184,7 @@ def _counterfactuals(
         change = quantity.plain(stats)
         if taken is None:
             return change, None
-        return change, linear_combination([(1.0, change), (-1.0, quantity.plain(taken))])
+        return change, change - quantity.plain(taken)
 
     found = {}
     for name, scored in scores.counterfactuals.items():

@@ -111,7 +111,6 @@ def sampler_gap(
     rollout: Rollout,
     generated: GeneratedLogProbs,
     *,
-    temperature: float = 1.0,
     max_batch_tokens: int | None = None,
 ) -> SamplerGap:
     """Compare the log-probs of a few sequences as they were drawn with those that the scorer gives them.
@@ -120,7 +119,6 @@ def sampler_gap(
         model: the policy, at the parameters that drew the rollout.
         rollout: what was drawn, ``[N, T]``.
         generated: that :func:`~entropy_pl.policy.sample.sample_completions` has filled while it drew it.
-        temperature: it was drawn at.
         max_batch_tokens: padded tokens per micro-batch; None takes what the free memory and the device suggest.
 
     Returns:
@@ -143,8 +141,8 @@ def sampler_gap(
     with evaluation(model):
         coarse = "it was sampled in half precision" if generated.half else coarse_arithmetic(model)
         budget = max_batch_tokens or default_batch_tokens(model, few)
-        together = token_stats(model, few, temperature=temperature, max_batch_tokens=budget)
-        alone = token_stats(model, few, temperature=temperature, max_batch_tokens=1)
+        together = token_stats(model, few, max_batch_tokens=budget)
+        alone = token_stats(model, few, max_batch_tokens=1)
     return _gap(together, alone, generated, COARSE if coarse else FINE, coarse)
 
 
@@ -201,7 +199,6 @@ class SamplerGate:
         rollout: Rollout,
         generated: GeneratedLogProbs,
         *,
-        temperature: float,
         max_batch_tokens: int | None = None,
         peers: Peers = ALONE,
     ) -> float | None:
@@ -211,7 +208,6 @@ class SamplerGate:
             model: the policy at θ, in the precision that scores E.
             rollout: this process's share of E; it may be empty.
             generated: of its sampling; it may be empty, where something else has drawn E.
-            temperature: it was drawn at.
             max_batch_tokens: padded tokens per micro-batch.
             peers: the run's processes, which all call this, and all refuse if one has to.
 
@@ -240,9 +236,7 @@ class SamplerGate:
             if longest > LONGER * self._longest:
                 mine = None
                 if lengths:
-                    mine = sampler_gap(
-                        model, rollout, generated, temperature=temperature, max_batch_tokens=max_batch_tokens
-                    )
+                    mine = sampler_gap(model, rollout, generated, max_batch_tokens=max_batch_tokens)
                 gap = _merged([one for one in peers.exchange(mine) if one is not None])
                 self.gap, self._longest = gap.mean, longest
                 gap.check()

@@ -76,6 +76,7 @@ class ProbeScores:
         failed: name → why E could not be scored after that step.
         differences: first derivatives by central differences, ``[N, T]``, where ``tangent`` is by forward mode.
         halved: the same at half the step, of some sequences; None where that was not asked for, or nothing moved.
+        temperature: of the sampling distribution.
     """
 
     base: TokenStats
@@ -92,6 +93,7 @@ class ProbeScores:
     failed: dict[str, str] = field(default_factory=dict)
     differences: TokenStats | None = None
     halved: HalvedStep | None = None
+    temperature: float = 1.0
 
     def __len__(self) -> int:
         return len(self.base)
@@ -102,21 +104,18 @@ class ProbeScores:
         if features is not None:
             parts = features.split(self.base.mask.sum(1).tolist())
             features = torch.cat([parts[row] for row in rows.tolist()])
-        return ProbeScores(
-            self.base.select(rows),
-            self.tangent.select(rows),
-            self.curvature.select(rows),
-            {eta: stats.select(rows) for eta, stats in self.shifted.items()},
-            None if self.clusters is None else self.clusters[rows],
-            features,
-            self.method,
-            self.difference_step,
-            self.seconds,
-            None if self.rewards is None else self.rewards[rows],
-            {name: replace(c, stats=c.stats.select(rows)) for name, c in self.counterfactuals.items()},
-            self.failed,
-            None if self.differences is None else self.differences.select(rows),
-            None if self.halved is None else self.halved.select(rows),
+        return replace(
+            self,
+            base=self.base.select(rows),
+            tangent=self.tangent.select(rows),
+            curvature=self.curvature.select(rows),
+            shifted={eta: stats.select(rows) for eta, stats in self.shifted.items()},
+            clusters=None if self.clusters is None else self.clusters[rows],
+            features=features,
+            rewards=None if self.rewards is None else self.rewards[rows],
+            counterfactuals={n: replace(c, stats=c.stats.select(rows)) for n, c in self.counterfactuals.items()},
+            differences=None if self.differences is None else self.differences.select(rows),
+            halved=None if self.halved is None else self.halved.select(rows),
         )
 
     def to(self, device: torch.device | str) -> ProbeScores:

@@ -12,6 +12,7 @@ import torch
 from entropy_pl.estimators import Baseline, Measure
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
 from entropy_pl.policy.tangents import Method
+from entropy_pl.rollout import Rollout, checked_temperature
 
 Precision = Literal["float32", "float64"]
 """Number formats of a probe's forward passes, and of its softmax, log-probs and entropies."""
@@ -49,7 +50,7 @@ class ProbeSettings:
         jackknife_groups: of that jackknife; 0 leaves the critic's noise out, and the error bars of ``gae`` too short.
         clip_log_weight: bound on the absolute log weight; None leaves the estimate unbiased to O(1/N).
         confidence: of every interval.
-        temperature: of the sampling distribution E was drawn from.
+        temperature: of the sampling distribution E was drawn from; None takes the rollout's.
         method: how tangents are made: ``auto``, ``forward_mode`` or ``central_difference``.
         precision: ``float32``, or ``float64`` for the whole forward pass.
         entropy_dtype: of softmax, log-prob and entropy.
@@ -73,7 +74,7 @@ class ProbeSettings:
     jackknife_groups: int = 20
     clip_log_weight: float | None = None
     confidence: float = 0.95
-    temperature: float = 1.0
+    temperature: float | None = None
     method: Method = "auto"
     precision: Precision = "float32"
     entropy_dtype: Precision = "float64"
@@ -86,8 +87,8 @@ class ProbeSettings:
             for eta in getattr(self, name):
                 if not math.isfinite(eta) or eta == 0:
                     raise ValueError(f"expected every number in {name} finite and not 0, got {eta}")
-        if not self.temperature > 0:
-            raise ValueError(f"expected a temperature > 0, got {self.temperature}")
+        if self.temperature is not None:
+            checked_temperature(self.temperature)
         for name, options in (("precision", Precision), ("entropy_dtype", Precision), ("baseline", Baseline)):
             if getattr(self, name) not in get_args(options):
                 raise ValueError(f"expected {name} to be one of {get_args(options)}, got {getattr(self, name)!r}")
@@ -110,6 +111,24 @@ class ProbeSettings:
         return sorted(etas | {-eta for eta in etas} if self.symmetric else etas)
 
     @property
+    def sampling_temperature(self) -> float:
+        """What to draw an E-batch at: 1 where none was given."""
+        return 1.0 if self.temperature is None else self.temperature
+
+    def drawn(self, rollout: Rollout) -> Rollout:
+        """The E-batch at this probe's temperature.
+
+        Raises:
+            ValueError: if it was drawn at another one, so that its completions are not those of the policy measured.
+        """
+        if self.temperature is not None and rollout.temperature not in (1.0, self.temperature):
+            raise ValueError(
+                f"expected an E-batch drawn at the probe's temperature, {self.temperature:g}, got one drawn at "
+                f"{rollout.temperature:g}: leave the probe's temperature out, or draw E at it"
+            )
+        return rollout.at_temperature(self.temperature)
+
+    @property
     def needs_features(self) -> bool:
         """Whether the baseline is a critic's, which looks at hidden states."""
         return self.baseline in ("critic", "gae")
@@ -123,7 +142,6 @@ class ProbeSettings:
     def scoring(self) -> dict[str, Any]:
         """How the policy is asked, as every pass takes it."""
         return {
-            "temperature": self.temperature,
             "entropy_dtype": getattr(torch, self.entropy_dtype),
             "max_batch_tokens": self.max_batch_tokens,
         }

@@ -205,7 +205,7 @@ def summary_record(batch: MeasuredBatch, *, config: Mapping[str, Any], seconds: 
             {
                 "eta": eta,
                 "deltaH_true": batch.changes[eta].value,
-                "deltaH_approx": batch.first_order.scaled(eta).value,
+                "deltaH_approx": (eta * batch.first_order).value,
             }
             for eta in batch.etas
         ],
@@ -281,7 +281,7 @@ def raw_tensors(batch: MeasuredBatch) -> dict[str, Tensor]:
         ``[N]``, where prompts repeat. η is written as Python's ``repr`` writes it. Units as in the records.
     """
     return {
-        **{f"rollout/{name}": values for name, values in vars(batch.rollout).items()},
+        **{f"rollout/{name}": values for name, values in batch.rollout.tensors.items()},
         **{f"{name}/logp": stats.logp for name, stats in batch.stats().items()},
         **{f"{name}/entropy": stats.entropy for name, stats in batch.stats().items()},
         **{f"{name}/influence": change.influence for name, change in batch.estimates().items()},

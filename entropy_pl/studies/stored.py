@@ -40,7 +40,7 @@ def drawn_once(
     if not path.exists():
         drawn = measurements.draw(settings, on_pass=on_pass)
         vector = drawn.update.vector
-        tensors = {f"rollout/{name}": tensor for name, tensor in vars(drawn.rollout).items()}
+        tensors = {f"rollout/{name}": tensor for name, tensor in drawn.rollout.tensors.items()}
         tensors |= {f"direction/{name}": tensor for name, tensor in vector.direction.items()}
         facts: dict[str, Any] = {
             "lr": vector.lr,
@@ -51,7 +51,8 @@ def drawn_once(
         write_tensors(path, tensors, facts)
     tensors, facts = read_tensors(path)  # what was drawn just now, too: one way, whoever comes
     update = MeasuredUpdate(UpdateVector(_under(tensors, "direction/"), facts["lr"]), facts["update"])
-    return Drawn(Rollout(**_under(tensors, "rollout/")), facts["prompts"], update, facts["seconds"])
+    rollout = Rollout(**_under(tensors, "rollout/"), temperature=settings.generation.temperature)
+    return Drawn(rollout, facts["prompts"], update, facts["seconds"])
 
 
 def scored_once(path: Path, score: Callable[[], ProbeScores]) -> ProbeScores:
@@ -72,7 +73,7 @@ def scored_once(path: Path, score: Callable[[], ProbeScores]) -> ProbeScores:
         for name in ("clusters", "features"):
             if getattr(scores, name) is not None:
                 tensors[name] = getattr(scores, name)
-        facts = {name: getattr(scores, name) for name in ("method", "difference_step", "seconds")}
+        facts = {name: getattr(scores, name) for name in ("method", "difference_step", "seconds", "temperature")}
         write_tensors(path, tensors, facts | {"etas": list(scores.shifted)})
     tensors, facts = read_tensors(path)
 
@@ -89,6 +90,7 @@ def scored_once(path: Path, score: Callable[[], ProbeScores]) -> ProbeScores:
         method=facts["method"],
         difference_step=facts["difference_step"],
         seconds=facts["seconds"],
+        temperature=facts.get("temperature", 1.0),  # files of older versions do not say
     )
 
 

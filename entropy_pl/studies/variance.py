@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from entropy_pl.estimators import interval, jackknife_standard_error, linear_combination
+from entropy_pl.estimators import interval, jackknife_standard_error
 from entropy_pl.estimators.estimate import cluster_index
 from entropy_pl.studies.figures import error_bars_figure, variance_ratio_figure
 from entropy_pl.studies.folder import Row, StudyFolder
@@ -166,7 +166,7 @@ def whole_pool_rows(estimates: PoolEstimates, name: str, study: VarianceOptions)
     for quantity, change in own.items():
         ratio, ratio_error = variance_ratio(change, compared[quantity], clusters)
         low, high = interval(ratio, ratio_error, prompts, estimates.confidence)
-        difference = linear_combination([(1.0, change), (-1.0, reference[quantity])])
+        difference = change - reference[quantity]
 
         def apart(rows: Tensor, quantity: Quantity = quantity) -> float:
             return estimates.values(name, rows)[quantity] - estimates.values(study.reference, rows)[quantity]

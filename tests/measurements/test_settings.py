@@ -53,7 +53,7 @@ def test_numbers_as_pyyaml_leaves_them():
         ({"batch_config": {"dataset_name": "gsm8k_r1"}}, "did you mean 'gsm8k_r1_template'"),
         ({"batch_config": {"prompt_template": "Q:"}}, "contains {question}"),
         ({"batch_config": 5}, "batch_config: expected a section"),
-        ({"generation": {"temperature": 0}}, "expected a temperature above 0, got 0"),
+        ({"generation": {"temperature": 0}}, "temperature above 0, got 0"),
         ({"generation": {"temperature": "warm"}}, "generation.temperature: expected float, got warm"),
         ({"estimator": {"weighting": "token"}}, "estimator.weighting: expected one of prefix, sequence, got token"),
         ({"estimator": {"eta_list": []}}, "at least one η in eta_list"),

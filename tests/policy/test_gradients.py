@@ -76,7 +76,8 @@ def test_against_autograd(family, lora, budget, temperature):
     model, coefficients = build_family(family, lora), random_coefficients()
     names = trainable(model)
     with float64_evaluation(model):
-        found = weighted_gradient(model, ROLLOUT, coefficients, names, temperature=temperature, max_batch_tokens=budget)
+        rollout = ROLLOUT.at_temperature(temperature)
+        found = weighted_gradient(model, rollout, coefficients, names, max_batch_tokens=budget)
         expected = autograd(model, names, loop(model, ROLLOUT, coefficients, temperature))
     assert_gradients(found, expected, EXACT)
 
@@ -105,7 +106,7 @@ def test_tokens_of_probability_zero(scale, dtype):
     allowed = torch.tensor([token for token in range(VOCABULARY) if token not in FORBIDDEN])
     names = trainable(model)
     with float64_evaluation(model):
-        found = weighted_gradient(model, rollout, coefficients, names, temperature=0.7, entropy_dtype=dtype)
+        found = weighted_gradient(model, rollout.at_temperature(0.7), coefficients, names, entropy_dtype=dtype)
         expected = autograd(model, names, loop(model, rollout, coefficients, 0.7, allowed))
     # A softmax in float32 has 1e-7 of its own.
     assert_gradients(found, expected, EXACT if dtype is torch.float64 else 1e-5)
@@ -153,8 +154,8 @@ def test_sequence_by_sequence(lora):
     model, coefficients = build_family("qwen2-tied", lora), random_coefficients()
     names = trainable(model)
     with float64_evaluation(model):
-        found = list(sequence_gradients(model, ROLLOUT, coefficients, names, temperature=0.7))
-        whole = weighted_gradient(model, ROLLOUT, coefficients, names, temperature=0.7)
+        found = list(sequence_gradients(model, ROLLOUT.at_temperature(0.7), coefficients, names))
+        whole = weighted_gradient(model, ROLLOUT.at_temperature(0.7), coefficients, names)
         for i, gradient in enumerate(found):
             row = torch.tensor([i])
             if not ROLLOUT.completion_mask[i].any():

@@ -462,8 +462,8 @@ class TestBadArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"temperature": 0.0}, r"temperature > 0, got 0\.0"),
-            ({"temperature": math.nan}, "temperature > 0, got nan"),
+            ({"temperature": 0.0}, r"temperature above 0, got 0\.0"),
+            ({"temperature": math.nan}, "temperature above 0, got nan"),
             ({"max_batch_tokens": 0}, "max_batch_tokens ≥ 1, got 0"),
         ],
     )
@@ -496,7 +496,7 @@ class TestPolicyStats:
         with float64_evaluation(model):
             expected = self.plain_gradient(model, rollout, u, 0.5 if entropy_gradient else 0.0)
             stats = policy_stats(
-                model, rollout, temperature=0.8, dtype=torch.float64, entropy_gradient=entropy_gradient
+                model, rollout.at_temperature(0.8), dtype=torch.float64, entropy_gradient=entropy_gradient
             )
             assert_stats(stats.detach(), *(x.detach() for x in plain_stats(model, rollout, 0.8)), **FLOAT64)
             assert stats.entropy.requires_grad == entropy_gradient
