@@ -1,4 +1,4 @@
-"""The probe in runs of several processes, started as users start them: Lightning's DDP and ``accelerate launch``."""
+"""The probe in runs of several processes: Lightning's DDP and ``accelerate launch``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from processes import run_processes
+from scripts.lightning_run import take_part
 from tiny import build_model, build_tokenizer
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM
@@ -30,7 +31,6 @@ from entropy_pl.reporting import read_records
 
 SCRIPTS = Path(__file__).parent / "scripts"
 DEADLINE = 150  # seconds; a run takes ten to twenty, a deadlock takes forever
-LIGHTNING = [sys.executable, str(SCRIPTS / "lightning_run.py")]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ACCELERATE += [
     "--main_process_port",
@@ -45,16 +45,21 @@ ACCELERATE += [
 ]
 
 
-def start(command: list[str], folder: Path, ranks: int, **options: Any) -> list[dict[str, Any]]:
-    """Run it to its end; what every rank has left behind, its records parsed."""
+def in_lightning(folder: Path, processes: int, **options: Any) -> list[dict[str, Any]]:
+    """Train by DDP in so many processes; what each has left behind."""
     folder.mkdir(exist_ok=True)
-    returned, said = launch([*command, str(folder), json.dumps(options)])
+    return run_processes(take_part, processes, folder, folder, options | {"processes": processes})
+
+
+def under_accelerate(folder: Path, options: dict[str, Any]) -> tuple[Any, ...]:
+    """What each of two processes has left behind, of a run without the probe and of one with it."""
+    command = [*ACCELERATE, str(folder), json.dumps(options)]
+    returned, said = launch(command)
     if returned is None and not list(folder.glob("begun*")):  # the launcher's own meeting hung, before any of the run
-        returned, said = launch([*command, str(folder), json.dumps(options)])
-    whole = all((folder / f"rank{rank}.pt").is_file() for rank in range(ranks))
+        returned, said = launch(command)
+    whole = all((folder / f"rank{rank}.pt").is_file() for rank in range(2))
     assert returned == 0 or (returned is None and whole), said  # a launcher may hang behind a run that is over
-    left = [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
-    return [rank | {"records": json.loads(rank["records"])} for rank in left]
+    return tuple(zip(*(torch.load(folder / f"rank{rank}.pt") for rank in range(2)), strict=True))
 
 
 def launch(command: list[str]) -> tuple[int | None, str]:
@@ -86,8 +91,8 @@ OPTIONS = {"num_sequences": 12, "every_n_steps": 1, "max_new_tokens": 6, "eta_mu
 
 
 def test_ddp_shares_the_batch_and_every_rank_has_the_result(tmp_path):
-    plain = start(LIGHTNING, tmp_path / "plain", 2, processes=2, probe=None)
-    probed = start(LIGHTNING, tmp_path / "probed", 2, processes=2, probe=OPTIONS)
+    plain = in_lightning(tmp_path / "plain", 2, probe=None)
+    probed = in_lightning(tmp_path / "probed", 2, probe=OPTIONS)
     first, second = (rank["records"] for rank in probed)
     assert [(r["step"], r["status"], r["processes"]) for r in first] == [(0, "ok", 2), (1, "ok", 2)]
     assert found(first) == found(second)
@@ -120,7 +125,7 @@ def test_ddp_shares_the_batch_and_every_rank_has_the_result(tmp_path):
 
 def test_a_rank_that_fails_fails_that_probe_everywhere(tmp_path):
     """Rank 1 has no memory at step 0: both ranks record it, training goes on, and step 1 is measured."""
-    first, second = start(LIGHTNING, tmp_path, 2, processes=2, probe=OPTIONS, fails=[1, 0])
+    first, second = in_lightning(tmp_path, 2, probe=OPTIONS, fails=[1, 0])
     assert first["steps"] == second["steps"] == 2
     assert [r["status"] for r in first["records"]] == [r["status"] for r in second["records"]] == ["failed", "ok"]
     said = f"OutOfMemoryError: no room for this rank's keys and values: {LESS_MEMORY}"
@@ -131,7 +136,7 @@ def test_a_rank_that_fails_fails_that_probe_everywhere(tmp_path):
 
 def test_a_rank_without_a_prompt_takes_part(tmp_path):
     """Two prompts, three processes."""
-    ranks = start(LIGHTNING, tmp_path, 3, processes=3, probe=OPTIONS | {"num_sequences": 2}, steps=1)
+    ranks = in_lightning(tmp_path, 3, probe=OPTIONS | {"num_sequences": 2}, steps=1)
     records = [found(rank["records"]) for rank in ranks]
     assert [r["status"] for r in records[0]] == ["ok"]
     assert records[0][0]["entropy"]["n_sequences"] == 2
@@ -140,7 +145,7 @@ def test_a_rank_without_a_prompt_takes_part(tmp_path):
 
 def test_ranks_that_train_apart_are_told_so(tmp_path):
     """No measurement is made of processes whose steps are not the same."""
-    first, second = start(LIGHTNING, tmp_path, 2, processes=2, probe=OPTIONS, apart=True, steps=1)
+    first, second = in_lightning(tmp_path, 2, probe=OPTIONS, apart=True, steps=1)
     for rank in (first, second):
         [record] = rank["records"]
         assert record["status"] == "failed"
@@ -148,7 +153,7 @@ def test_ranks_that_train_apart_are_told_so(tmp_path):
 
 
 def test_no_room_for_one_ranks_snapshot(tmp_path):
-    first, second = start(LIGHTNING, tmp_path, 2, processes=2, probe=OPTIONS, fails=["keep", 1])
+    first, second = in_lightning(tmp_path, 2, probe=OPTIONS, fails=["keep", 1])
     assert [r["status"] for r in first["records"]] == [r["status"] for r in second["records"]] == ["failed", "ok"]
     assert second["records"][0]["message"].startswith("OutOfMemoryError: no room for this rank's snapshot")
 
@@ -156,14 +161,13 @@ def test_no_room_for_one_ranks_snapshot(tmp_path):
 def test_a_rank_that_cannot_begin_ends_the_run_everywhere(tmp_path):
     """At once and with the reason, not in a deadlock at the first gradient."""
     with pytest.raises(AssertionError, match="expected the E prompts to be the same in all 2 processes"):
-        start(LIGHTNING, tmp_path, 2, processes=2, probe=OPTIONS, fails=["start", 1])
+        in_lightning(tmp_path, 2, probe=OPTIONS, fails=["start", 1])
 
 
 def test_grpo_under_accelerate_launch(tmp_path):
     pytest.importorskip("trl", reason="TRL is not installed (extra 'trl')")
     options = OPTIONS | {"precision": "float32"}
-    plain = start(ACCELERATE, tmp_path / "plain", 2, probe=None)
-    probed = start(ACCELERATE, tmp_path / "probed", 2, probe=options)
+    plain, probed = under_accelerate(tmp_path, options)
     first, second = (found(rank["records"]) for rank in probed)
     assert [(r["step"], r["status"], r["processes"]) for r in first] == [(0, "ok", 2), (1, "ok", 2)]
     assert first == second

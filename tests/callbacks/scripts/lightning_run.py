@@ -1,22 +1,14 @@
-"""Somebody's DDP run, started as a script: ``lightning_run.py OUT OPTIONS`` leaves ``OUT/rank<r>.pt`` behind.
-
-OPTIONS is JSON: ``processes``; ``probe``, the callback's options, or null for a run without it; ``steps``; ``apart``:
-the ranks' gradients are not reduced; ``fails``: [rank, step] of a probe that cannot sample, ["keep", rank] that has no
-room for its snapshot, or ["start", rank] that has no prompts.
-"""
+"""Somebody's DDP run, as one of its processes."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from tiny import build_model, build_tokenizer
 
 PROMPTS = [f"{a}+{b}=" for a in range(4) for b in range(4)]
@@ -59,9 +51,17 @@ class Apart(Run):
             parameter.grad.normal_(generator=torch.Generator().manual_seed(self.global_rank))
 
 
-def main() -> None:
-    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    torch.set_num_threads(1)
+def take_part(rank: int, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Train as one of the processes that a launcher has started; what it leaves behind.
+
+    Args:
+        rank: which of them.
+        folder: for what the run writes.
+        options: ``processes``; ``probe``, the callback's options, or None for a run without it; ``steps``; ``apart``:
+            the ranks' gradients are not reduced; ``fails``: [rank, step] of a probe that cannot sample, ["keep", rank]
+            that has no room for its snapshot, or ["start", rank] that has no prompts.
+    """
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0")  # as a launcher does: Lightning then launches nothing
     torch.manual_seed(0)
     module = (Apart if options.get("apart") else Run)()
     callbacks: list[Any] = []
@@ -69,29 +69,27 @@ def main() -> None:
         from entropy_pl.callbacks import EntropyProbeCallback, session
 
         fails = options.get("fails") or [None, None]
-        rank = int(os.environ.get("LOCAL_RANK", 0))
         prompts = [] if fails == ["start", rank] else PROMPTS
         callbacks.append(EntropyProbeCallback(prompts, **options["probe"]))
         if fails[0] == "keep":
 
             def snapshot(self: Any, moments: bool = False) -> None:
-                if module.global_rank == fails[1] and module.global_step == 0:
+                if rank == fails[1] and module.global_step == 0:
                     raise torch.OutOfMemoryError("no room for this rank's snapshot")
                 keep(self, moments)
 
             keep = session.UpdateRecorder.snapshot
             session.UpdateRecorder.snapshot = snapshot
         elif isinstance(fails[0], int):
-            rank, step = fails
+            failing, step = fails
             draw = session.sample_completions
 
             def sample(*args: Any, **kwargs: Any) -> Any:
-                if module.global_rank == rank and module.global_step == step:
+                if rank == failing and module.global_step == step:
                     raise torch.OutOfMemoryError("no room for this rank's keys and values")
                 return draw(*args, **kwargs)
 
             session.sample_completions = sample
-    (folder / f"begun{os.environ.get('LOCAL_RANK', 0)}").touch()
     trainer = Trainer(
         max_steps=options.get("steps", 2),
         accelerator="cpu",
@@ -106,16 +104,9 @@ def main() -> None:
         enable_checkpointing=False,
     )
     trainer.fit(module)
-    torch.save(
-        {
-            "records": json.dumps(callbacks[0].records if callbacks else []),
-            "weights": module.weights,
-            "random": torch.rand(2),
-            "steps": trainer.global_step,
-        },
-        folder / f"rank{trainer.global_rank}.pt",
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        "records": json.loads(json.dumps(callbacks[0].records if callbacks else [])),
+        "weights": module.weights,
+        "random": torch.rand(2),
+        "steps": trainer.global_step,
+    }

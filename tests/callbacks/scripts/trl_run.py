@@ -1,6 +1,6 @@
 """Somebody's GRPO run, started by ``accelerate launch``: ``trl_run.py OUT OPTIONS`` leaves ``OUT/rank<r>.pt`` behind.
 
-OPTIONS is JSON: ``probe``, the callback's options, or null for a run without it.
+OPTIONS are those of the probe, as JSON. The run is made twice, without the probe and with it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ def reward_digits(completions: list[str], **_: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / 8 for text in completions]
 
 
-def main() -> None:
-    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    torch.set_num_threads(1)
+def run(folder: Path, options: dict[str, Any] | None) -> tuple[dict[str, Any], int]:
+    """What a process leaves behind, and its rank; ``options`` None: without the probe."""
     torch.manual_seed(0)
     trainer = GRPOTrainer(
         model=build_model(),
@@ -51,28 +50,34 @@ def main() -> None:
         processing_class=build_tokenizer(),
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
     )
-    (folder / f"begun{os.environ.get('LOCAL_RANK', 0)}").touch()
     probe = None
-    if options["probe"] is not None:
+    if options is not None:
         from entropy_pl.callbacks.trl import EntropyProbeTrainerCallback
 
         probe = EntropyProbeTrainerCallback(
-            [f"{a}*{b}=" for a in range(4) for b in range(4)], trainer=trainer, **options["probe"]
+            [f"{a}*{b}=" for a in range(4) for b in range(4)], trainer=trainer, **options
         )
         trainer.add_callback(probe)
     trainer.train()
     logged = [
         {k: v for k, v in row.items() if "time" not in k and "second" not in k} for row in trainer.state.log_history
     ]
-    torch.save(
-        {
-            "records": json.dumps(probe.records if probe else []),
-            "weights": {name: p.detach() for name, p in trainer.model.named_parameters()},
-            "logged": json.dumps(logged),
-            "random": torch.rand(2),
-        },
-        folder / f"rank{trainer.accelerator.process_index}.pt",
-    )
+    left = {
+        "records": json.loads(json.dumps(probe.records if probe else [])),
+        "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
+        "logged": json.dumps(logged),
+        "random": torch.rand(2),
+    }
+    return left, trainer.accelerator.process_index
+
+
+def main() -> None:
+    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    (folder / f"begun{os.environ.get('LOCAL_RANK', 0)}").touch()
+    plain, rank = run(folder / "plain", None)
+    probed, _ = run(folder / "probed", options)
+    torch.save((plain, probed), folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
