@@ -19,7 +19,7 @@ from benchmarks.operations import Counts
 from benchmarks.options import Options
 from benchmarks.tables import Table
 from entropy_pl.probe import EntropyProbe
-from entropy_pl.probe.engine import ATTRIBUTION_PASSES, OVER_U
+from entropy_pl.probe.settings import ATTRIBUTION_PASSES, ATTRIBUTION_PASSES_OVER_U
 
 CONFIG = Path(__file__).parents[1] / "configs/grpo_gsm8k_qwen2_5_1_5b.yaml"
 QWEN2_5_1_5B = {
@@ -175,7 +175,9 @@ def probe_seconds(run: Run, device: Device, assumed: Assumptions) -> dict[str, f
     if run.attribution:
         # Of the passes over E the first has a backward one to it; without weight decay one is left out. The gradients
         # by sign are a forward and a backward pass over U together.
-        parts["attribution"] = (ATTRIBUTION_PASSES - OVER_U) * over_e + OVER_U * over_u
+        parts["attribution"] = (
+            ATTRIBUTION_PASSES - ATTRIBUTION_PASSES_OVER_U
+        ) * over_e + ATTRIBUTION_PASSES_OVER_U * over_u
     return parts
 
 

@@ -14,17 +14,17 @@ from torch import nn
 from tqdm import tqdm
 
 from entropy_pl.callbacks.attach import check_which, truncated_sampling
-from entropy_pl.callbacks.causes import Causes, RunSources
 from entropy_pl.callbacks.prompts import DEFAULT_COLUMN, count_common
 from entropy_pl.callbacks.rendering import Prompt, Rendering
 from entropy_pl.callbacks.session import ProbeSession, check_numbers
 from entropy_pl.callbacks.sinks import Sink, publish, summarize, whatever_happens
+from entropy_pl.callbacks.sources import RunSources
 from entropy_pl.estimators import Baseline
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.tangents import Method
 from entropy_pl.policy.vocabulary import foreign_tokenizer
-from entropy_pl.probe import EntropyProbe, Precision
+from entropy_pl.probe import AttributionSettings, EntropyProbe, Precision
 from entropy_pl.progress import progress
 from entropy_pl.reporting import (
     Record,
@@ -204,7 +204,9 @@ class ProbeDoor:
             if every_n_steps:
                 check_numbers(num_sequences, completions_per_prompt)
             EntropyProbe(**self._options, temperature=1.0 if temperature is None else temperature)
-            self._causes = Causes(attribution, influence_matrix, token_error_blocks, tuple(counterfactuals))
+            self._attribution = AttributionSettings(
+                attribution, influence_matrix, token_error_blocks, list(counterfactuals)
+            )
             if reward is not None and not callable(reward):
                 raise ValueError(
                     f"expected reward as a function of prompts and completions, got {type(reward).__name__}"
@@ -264,7 +266,7 @@ class ProbeDoor:
                 probe,
                 max_new_tokens=self._max_new_tokens or max_new_tokens or DEFAULT_MAX_NEW_TOKENS,
                 peers=peers,
-                causes=self._causes,
+                attribution=self._attribution,
                 sources=sources
                 if self._reward_of is None
                 else replace(sources, rewards=self._reward_of, rewards_take_ids=False),
@@ -313,9 +315,8 @@ class ProbeDoor:
                     stacklevel=2,
                 )
             self._sinks = list(found.sinks())
-            causes = session.causes
             for sink in self._sinks:
-                sink.prepare(session.sources.rewards is not None, causes.counterfactuals)
+                sink.prepare(session.sources.rewards is not None, session.attribution.counterfactuals)
             for sentence in session.warnings:
                 warnings.warn(sentence, stacklevel=2)
             with whatever_happens("say what a probe will take"):

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from entropy_pl.attribution import UpdateBatch
 from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizers, find_policy, find_tokenizer, refuse_sharded
-from entropy_pl.callbacks.causes import RunSources
 from entropy_pl.callbacks.door import Attachment, ProbeDoor
 from entropy_pl.callbacks.prompts import find_prompts
 from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
+from entropy_pl.callbacks.sources import RunSources
 from entropy_pl.peers import Peers
 from entropy_pl.strategies import holds_whole_policy
 from entropy_pl.updates.steps import inner_optimizer

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_pl.callbacks.causes import Causes, CausesOfStep, RunSources
+from entropy_pl.attribution import UpdateBatch, counterfactual_update
 from entropy_pl.callbacks.prompts import Prompt, fingerprint
+from entropy_pl.callbacks.sources import RunSources
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.generated import GeneratedLogProbs
 from entropy_pl.policy.measured_adapter import MeasuredAdapter
@@ -23,10 +24,11 @@ from entropy_pl.policy.micro_batches import model_device
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.policy.sample import check_prompts, default_rows, sample_completions
 from entropy_pl.probe import (
-    ATTRIBUTION_PASSES,
+    AttributionSettings,
     EntropyProbe,
     ProbeMemory,
     SamplerGate,
+    StepMeasurement,
     peak_memory,
     probe_memory,
     take_dry_run,
@@ -34,6 +36,7 @@ from entropy_pl.probe import (
     what_happened,
 )
 from entropy_pl.reporting import AttributedTokens
+from entropy_pl.reporting.attributing import measured_record
 from entropy_pl.reporting.records import SCHEMA, Record
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates.in_backward import Mark, may_move_in_backward
@@ -76,7 +79,7 @@ class ProbeSession:
         resample_prompts: other prompts at every probe, instead of one set for the run.
         sample_batch_size: completions sampled at once; None takes up to 256.
         peers: the run's processes.
-        causes: what of the step's causes is looked for.
+        attribution: whether the change is attributed to tokens, and which other losses are measured.
         sources: what the run says of its U-batch and of rewards.
         prompts_in_u: how many of ``prompts`` the run trains on too, for the record; None where that is not known.
         adapter_name: which of the policy's adapters is measured; None takes what is active now.
@@ -98,7 +101,7 @@ class ProbeSession:
     resample_prompts: bool = False
     sample_batch_size: int | None = None
     peers: Peers = ALONE
-    causes: Causes = field(default_factory=Causes)
+    attribution: AttributionSettings = field(default_factory=AttributionSettings)
     sources: RunSources = field(default_factory=RunSources)
     prompts_in_u: int | None = None
     adapter_name: str | None = None
@@ -150,7 +153,7 @@ class ProbeSession:
                 self.tokenizer,
                 begun,
                 max_new_tokens=self.max_new_tokens,
-                attribution=self.causes.attribution and self.sources.update_batch is not None,
+                attribution=self.attribution.enabled and self.sources.update_batch is not None,
                 peers=self.peers,
             )
 
@@ -162,8 +165,8 @@ class ProbeSession:
     @property
     def passes(self) -> int:
         """Passes over E that a probe takes, sampling counted as one."""
-        attribution = ATTRIBUTION_PASSES if self.causes.attribution and self.sources.update_batch else 0
-        return self.probe.passes(lr=1.0) + 1 + attribution + len(self.causes.counterfactuals)
+        attribution = self.attribution.passes if self.sources.update_batch else 0
+        return self.probe.passes(lr=1.0) + 1 + attribution
 
     def memory(self) -> ProbeMemory:
         """What a probe will need in this process, beside what the run holds."""
@@ -174,8 +177,8 @@ class ProbeSession:
             rows=min(share, self.sample_batch_size or default_rows(model_device(self.model))),
             prompt_tokens=self._prompt_tokens,
             max_new_tokens=self.max_new_tokens,
-            attribution=self.causes.attribution and self.sources.update_batch is not None,
-            moments=bool(self.causes.counterfactuals),
+            attribution=self.attribution.enabled and self.sources.update_batch is not None,
+            moments=bool(self.attribution.counterfactuals),
         )
 
     def begin(self, step: int, optimizers: Sequence[Stepping]) -> None:
@@ -219,7 +222,7 @@ class ProbeSession:
         try:
             self._optimizers = self._optimizers or optimizers
             self._recorder = self._recorder_of(optimizers)
-            self._recorder.snapshot(moments=bool(self.causes.counterfactuals))
+            self._recorder.snapshot(moments=bool(self.attribution.counterfactuals))
             self.left_out = left_out or self._not_of(self._recorder)
         except Exception as error:
             self._recorder, self._failure = None, error
@@ -404,49 +407,51 @@ class ProbeSession:
             )
             return {"status": "no_movement", "message": message}
         assert self._recorder is not None
-        seconds: dict[str, float] = {}
-        causes = CausesOfStep(
-            self.model, self.tokenizer, self.probe, self.causes, self.sources, self.peers, self.seed, step
-        )
-        batch = causes.update_batch()
+        measurement = StepMeasurement(self.model, self.probe, self.attribution, self.peers)
+        absent = measurement.absent
+        batch = self.sources.batch_of_step(self.peers, absent) if self.attribution.asked else None
         with ExitStack() as theta_before:
             with self.peers.together():
                 self._gate.refuse_again()
                 theta_before.enter_context(self._recorder.at_theta_before())
-                generated = GeneratedLogProbs()
-                with timed(seconds, "sampling", self.model):
-                    rollout = self._draw(step, generated)
-                    self._check_sampler(rollout, generated, causes.absent)
-                rewards = causes.rewards(self._own_prompts(step), rollout)
+                with timed(measurement.seconds, "sampling", self.model):
+                    rollout = measurement.draw(self._gate, lambda generated: self._draw(step, generated))
+                seed = derived_seed(self.seed, f"rewards of step {step}")
+                rewards = self.sources.rewards_of(
+                    self._own_prompts(step), rollout, self.tokenizer, seed, self.peers, absent
+                )
                 on_pass("sampling")
                 self.peers.exchange(None)
-            counterfactuals = causes.counterfactuals(batch, self._recorder)
-            scores = self.probe.collect(
-                self.model,
-                rollout,
-                update,
-                rewards=rewards,
-                counterfactuals=counterfactuals,
-                peers=self.peers,
-                on_pass=on_pass,
+            counterfactual = self._counterfactual(batch, step, absent)
+            measured = measurement.measure(
+                rollout, update, rewards=rewards, update_batch=batch, counterfactual=counterfactual, on_pass=on_pass
             )
-            causes.absent.update({f"counterfactuals/{name}": why for name, why in scores.failed.items()})
-            result = self.probe.reduce(scores, update)
-            found = result.to_dict()
-            with timed(seconds, "attribution", self.model):
-                explained, self.attributed = causes.attribute(
-                    rollout, update, batch, scores, result.first_order, on_pass
-                )
-        return (
-            found
-            | explained
-            | {
-                "seconds": seconds | found["seconds"],
-                "mean_completion_length": float(scores.base.mask.sum(1).double().mean()),
-                "absent": causes.absent,
-                "warnings": list(dict.fromkeys([*record["warnings"], *found["warnings"], *causes.warnings])),
-            }
-        )
+            found, self.attributed = measured_record(measured, measurement, self.tokenizer, step=step, lr=update.lr)
+        return found | {
+            "seconds": measurement.seconds | found["seconds"],
+            "mean_completion_length": float(measured.scores.base.mask.sum(1).double().mean()),
+            "warnings": list(dict.fromkeys([*record["warnings"], *found["warnings"]])),
+        }
+
+    def _counterfactual(
+        self, batch: UpdateBatch | None, step: int, absent: dict[str, str]
+    ) -> Callable[[str], UpdateVector] | None:
+        """What makes the update of another loss from the same U-batch and optimizer state; None where nothing can."""
+        if not self.attribution.counterfactuals:
+            return None
+        if batch is None or self.peers.size > 1:
+            why = "there is no U-batch to make them of" if batch is None else "they need a run of one process"
+            absent["counterfactuals"] = why
+            return None
+        assert self._recorder is not None
+        u_batch, step_with, dtype = batch, self._recorder.step_with, getattr(torch, self.probe.precision)
+
+        def make(name: str) -> UpdateVector:
+            seed = derived_seed(self.seed, f"counterfactual {name} of step {step}")
+            with isolated_rng(seed), self.probe.evaluation(self.model):
+                return counterfactual_update(self.model, u_batch, name, step_with, dtype=dtype)
+
+        return make
 
     def _read(self, record: Record) -> tuple[UpdateVector, float]:
         """The step and its norm, if it is finite and all processes have taken the same one."""
@@ -482,26 +487,13 @@ class ProbeSession:
         """Their texts, of every completion of this process's share."""
         return [p.text for p in self.peers.share(self.e_prompts(step)) for _ in range(self.completions_per_prompt)]
 
-    def _check_sampler(self, rollout: Rollout, generated: GeneratedLogProbs, absent: dict[str, str]) -> None:
-        """Refuse an E-batch that another policy drew than the one that will score it."""
-        with self.probe.evaluation(self.model):
-            gap = self._gate.check(
-                self.model,
-                rollout,
-                generated,
-                max_batch_tokens=self.probe.max_batch_tokens,
-                peers=self.peers,
-            )
-        if gap is None:
-            absent["sampler_gap"] = "what drew E does not say with which log-probs"
-
     def _draw(self, step: int, generated: GeneratedLogProbs) -> Rollout:
         """This process's share of the E-batch; ``generated`` keeps a few of its log-probs."""
         prompts = self.peers.share(self.e_prompts(step))
         if not prompts:
             return Rollout.empty(model_device(self.model))
         purpose = f"completions of step {step}" + (f", process {self.peers.rank}" if self.peers.rank else "")
-        with isolated_rng(derived_seed(self.seed, purpose)), self.probe.evaluation(self.model):
+        with isolated_rng(derived_seed(self.seed, purpose)):
             return sample_completions(
                 self.model,
                 self.tokenizer,

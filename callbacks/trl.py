@@ -16,11 +16,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from entropy_pl.attribution import UpdateBatch
 from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizers, find_policy, find_tokenizer, refuse_sharded
-from entropy_pl.callbacks.causes import RunSources
 from entropy_pl.callbacks.door import Attachment, ProbeDoor
 from entropy_pl.callbacks.prompts import PromptRows, given_or_kept
 from entropy_pl.callbacks.rendering import Rendering
 from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
+from entropy_pl.callbacks.sources import RunSources
 from entropy_pl.callbacks.trl_batch import SCORING, StepCapture
 from entropy_pl.callbacks.trl_prompts import TrainerPrompts
 from entropy_pl.callbacks.trl_rewards import TrainerRewards
@@ -173,7 +173,7 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
     def _sources(self, tokenizer: Any, rows: PromptRows) -> RunSources:
         """What the trainer says of itself, where it is known and of a kind that does."""
         trainer = self._trainer
-        if self._causes.needs_batch and trainer is not None and hasattr(trainer, SCORING):
+        if self._attribution.asked and trainer is not None and hasattr(trainer, SCORING):
             self._capture = StepCapture(trainer)
         rewards = TrainerRewards(trainer, tokenizer, rows) if getattr(trainer, "reward_funcs", None) else None
         return RunSources(self._update_batch, rewards, rewards_take_ids=True)

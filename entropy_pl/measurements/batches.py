@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from entropy_pl.data.datamodule import PromptDataModule
+from entropy_pl.estimators.reward import checked_rewards
 from entropy_pl.groups import Groups
 from entropy_pl.measurements.settings import MeasurementSettings
-from entropy_pl.policy import GeneratedLogProbs, Policy, derived_seed, isolated_rng, sample_completions
+from entropy_pl.objectives import RewardSum
+from entropy_pl.policy import (
+    GeneratedLogProbs,
+    Policy,
+    decode_completions,
+    derived_seed,
+    isolated_rng,
+    sample_completions,
+)
 from entropy_pl.rollout import Rollout
 
 
@@ -47,11 +58,11 @@ def draw_e_batch(
     settings: MeasurementSettings,
     generated: GeneratedLogProbs | None = None,
 ) -> Rollout:
-    """The E-batch ``[B_E, T]``, prompt-major, drawn from the policy in the precision that will score it.
+    """The E-batch ``[B_E, T]``, prompt-major, drawn from the policy in the precision that it is in.
 
     ``generated`` keeps the log-probs of a few of its sequences.
     """
-    with isolated_rng(derived_seed(settings.seed, "E-batch")), settings.probe().evaluation(policy.model):
+    with isolated_rng(derived_seed(settings.seed, "E-batch")):
         return sample_completions(
             policy.model,
             policy.tokenizer,
@@ -76,3 +87,14 @@ def draw_u_batch(policy: Policy, data: PromptDataModule, settings: MeasurementSe
     with isolated_rng(derived_seed(settings.seed, "U-batch")), settings.probe().evaluation(policy.model):
         groups = sampler.draw(policy.model, policy.tokenizer, batch)
         return sampler.informative(policy.model, policy.tokenizer, batch, groups)
+
+
+def rewards_of_e(policy: Policy, rollout: Rollout, answers: list[str], settings: MeasurementSettings) -> Tensor:
+    """Return the rewards of the E-batch's completions, ``[N]``, by the functions that reward U's.
+
+    Raises:
+        Exception: whatever a reward raises, which is anybody's function.
+        ValueError: for rewards that are no finite numbers.
+    """
+    reward = RewardSum(settings.update.rewards, settings.update.reward_weights)
+    return checked_rewards(reward(decode_completions(policy.tokenizer, rollout), answers)[0], len(rollout))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cached_property
@@ -12,23 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from entropy_pl.config import SettingsParser
 from entropy_pl.data.datamodule import PromptDataModule
-from entropy_pl.measurements.batches import draw_e_batch, draw_u_batch, prompt_data
-from entropy_pl.measurements.causes import Causes
+from entropy_pl.measurements.batches import draw_e_batch, draw_u_batch, prompt_data, rewards_of_e
 from entropy_pl.measurements.results import ResultsFolder, make_writable, sweep_with_seed_keys, versions
 from entropy_pl.measurements.settings import MeasurementSettings
 from entropy_pl.measurements.training import differences_from_training
-from entropy_pl.measurements.update import MeasuredUpdate, update_from_optimizer, update_from_pair
-from entropy_pl.policy import Checkpoint, GeneratedLogProbs, checkpoint_weights, decode_completions, load_checkpoint
+from entropy_pl.measurements.update import MeasuredUpdate, counterfactual_of, update_from_optimizer, update_from_pair
+from entropy_pl.policy import Checkpoint, checkpoint_weights, decode_completions, load_checkpoint
 from entropy_pl.policy.precision import matmul_precision
-from entropy_pl.probe import ProbeResult, ProbeScores, SamplerGate, take_dry_run, timed
+from entropy_pl.probe import MeasuredStep, ProbeScores, SamplerGate, StepMeasurement, take_dry_run, timed
+from entropy_pl.probe.step import noted
 from entropy_pl.progress import progress
 from entropy_pl.reporting import SCHEMA, DetailedLog, MeasuredBatch, Record, config_hash
+from entropy_pl.reporting.attributing import measured_record
 from entropy_pl.rollout import Rollout
-from entropy_pl.updates import UpdateVector
 
 OnPass = Callable[[str], None]
 
@@ -150,25 +149,28 @@ class EntropyMeasurements:
 
             drawn = self.draw(on_pass=advance)
             policy = self.checkpoint.policy
-            causes = Causes(policy.model, policy.tokenizer, settings, drawn.update)
+            measurement = StepMeasurement(policy.model, settings.probe(), settings.attribution, seconds=seconds)
             assert drawn.answers is not None
-            with timed(seconds, "rewards"):
-                rewards = causes.rewards(drawn.rollout, drawn.answers)
-            others = causes.counterfactuals()
-            scores = self.score(drawn, rewards=rewards, counterfactuals=others, on_pass=advance)
-            causes.absent.update({f"counterfactuals/{name}": why for name, why in scores.failed.items()})
-            result = settings.probe().reduce(scores, drawn.update.vector)
-            with timed(seconds, "attribution", policy.model), matmul_precision(settings.precision.products):
-                explained, tokens = causes.attribute(drawn.rollout, scores, result.first_order, advance)
-        if not settings.attribution.enabled:
-            del seconds["attribution"]
-        results = self._results(drawn, result, seconds | drawn.seconds | scores.seconds, fingerprint)
-        results |= explained | {"absent": causes.absent}
-        results["warnings"] = list(dict.fromkeys([*results["warnings"], *causes.warnings]))
+            rewards = None
+            with timed(seconds, "rewards"), noted(measurement.absent, "reward"):
+                rewards = rewards_of_e(policy, drawn.rollout, drawn.answers, settings)
+            counterfactual = counterfactual_of(policy.model, drawn.update, settings, measurement.absent)
+            with matmul_precision(settings.precision.products):
+                measured = measurement.measure(
+                    drawn.rollout,
+                    drawn.update.vector,
+                    rewards=rewards,
+                    update_batch=drawn.update.batch,
+                    counterfactual=counterfactual,
+                    on_pass=advance,
+                )
+            vector, step = drawn.update.vector, drawn.update.facts.get("step", 0)
+            found, tokens = measured_record(measured, measurement, policy.tokenizer, step=step, lr=vector.lr)
+        results = self._results(drawn, measured, found, seconds | drawn.seconds, fingerprint)
         if folder is not None:
             folder.write(results, tokens)
         if settings.detailed_logging.enabled:
-            self._log(drawn, scores, result, results)
+            self._log(drawn, measured, results)
         return results
 
     def draw(self, settings: MeasurementSettings | None = None, *, on_pass: OnPass = lambda phase: None) -> Drawn:
@@ -200,12 +202,9 @@ class EntropyMeasurements:
                 )
             update = self._update(data, settings, seconds, on_pass)
             with timed(seconds, "sampling_e", policy.model):
-                self._gate.refuse_again()
-                generated = GeneratedLogProbs()
-                rollout = draw_e_batch(policy, data.e_prompts, settings, generated)
-                with settings.probe().evaluation(policy.model):
-                    budget = settings.probe().max_batch_tokens
-                    gap = self._gate.check(policy.model, rollout, generated, max_batch_tokens=budget)
+                rollout = StepMeasurement(policy.model, settings.probe(), settings.attribution).draw(
+                    self._gate, lambda generated: draw_e_batch(policy, data.e_prompts, settings, generated)
+                )
             on_pass("sampling E")
         each = settings.batch_config.completions_per_prompt
         return Drawn(
@@ -214,7 +213,7 @@ class EntropyMeasurements:
             update,
             seconds,
             [example.answer for example in data.e_examples for _ in range(each)],
-            gap,
+            self._gate.gap,
         )
 
     def score(
@@ -222,8 +221,6 @@ class EntropyMeasurements:
         drawn: Drawn,
         settings: MeasurementSettings | None = None,
         *,
-        rewards: Tensor | None = None,
-        counterfactuals: Iterable[tuple[str, UpdateVector]] = (),
         on_pass: OnPass = lambda phase: None,
     ) -> ProbeScores:
         """Score an E-batch at θ, along v and at every θ+ηv.
@@ -231,8 +228,6 @@ class EntropyMeasurements:
         Args:
             drawn: what :meth:`draw` returned.
             settings: as there.
-            rewards: of the E-batch's completions, ``[N]``, if they are to be measured too.
-            counterfactuals: names and other updates, as :meth:`EntropyProbe.collect` takes them.
             on_pass: called with a phase's name after every pass.
         """
         settings = settings or self.settings
@@ -241,8 +236,6 @@ class EntropyMeasurements:
                 self.checkpoint.policy.model,
                 drawn.rollout,
                 drawn.update.vector,
-                rewards=rewards,
-                counterfactuals=counterfactuals,
                 on_pass=on_pass,
             )
 
@@ -255,8 +248,8 @@ class EntropyMeasurements:
     def passes(self) -> int:
         """Passes of a measurement: :meth:`draw`'s, the probe's and, but for a few, attribution's."""
         of_a_pair = self.settings.checkpoint.after_checkpoint_path is not None
-        causes = 0 if of_a_pair else self.settings.attribution.passes
-        return self.draw_passes + self.settings.probe().passes(lr=1.0) + causes
+        attribution = 0 if of_a_pair else self.settings.attribution.passes
+        return self.draw_passes + self.settings.probe().passes(lr=1.0) + attribution
 
     def _update(
         self, data: PromptDataModule, settings: MeasurementSettings, seconds: dict[str, float], on_pass: OnPass
@@ -291,10 +284,11 @@ class EntropyMeasurements:
                 stacklevel=2,
             )
 
-    def _results(self, drawn: Drawn, result: ProbeResult, seconds: dict[str, float], fingerprint: str) -> Record:
-        settings, batch = self.settings, self.settings.batch_config
-        found = result.to_dict()
-        del found["seconds"]  # among those of the whole measurement
+    def _results(
+        self, drawn: Drawn, measured: MeasuredStep, found: Record, seconds: dict[str, float], fingerprint: str
+    ) -> Record:
+        settings, batch, result = self.settings, self.settings.batch_config, measured.result
+        seconds = seconds | found.pop("seconds")
         scored_tokens = result.entropy.n_tokens * settings.probe().passes(result.lr)
         scoring = sum(time for phase, time in result.seconds.items() if phase != "counterfactuals")
         return {
@@ -324,7 +318,8 @@ class EntropyMeasurements:
             "config": asdict(settings),
         }
 
-    def _log(self, drawn: Drawn, scores: ProbeScores, result: ProbeResult, results: Record) -> None:
+    def _log(self, drawn: Drawn, measured: MeasuredStep, results: Record) -> None:
+        scores, result = measured.scores, measured.result
         batch = MeasuredBatch(
             rollout=drawn.rollout,
             base=scores.base,

@@ -16,7 +16,7 @@ from entropy_pl.policy import LoraSettings
 from entropy_pl.policy.precision import MatmulPrecision
 from entropy_pl.policy.settings import Dtype, Quantization
 from entropy_pl.policy.tangents import Method
-from entropy_pl.probe import ATTRIBUTION_PASSES, EntropyProbe, Precision
+from entropy_pl.probe import AttributionSettings, EntropyProbe, Precision
 from entropy_pl.reporting import LoggingSettings
 from entropy_pl.rollout import checked_temperature
 
@@ -330,48 +330,6 @@ class PrecisionSettings:
     def products(self) -> MatmulPrecision:
         """How float32 products are computed: as `matmul_precision` says, where `allow_tf32` lets it."""
         return self.matmul_precision if self.allow_tf32 else "highest"
-
-
-@dataclass(frozen=True)
-class AttributionSettings:
-    """Who moved the entropy, and what other losses would have done. Of a pair of checkpoints there is neither.
-
-    Args:
-        enabled: attribute the step's first-order change to its momentum, its weight decay and every token of U.
-        influence_matrix: measure the influence of each U-completion on each E-completion too, with error bars: a
-            forward and a backward pass of every completion by itself.
-        token_error_blocks: give every token an error bar over E, from the attribution by each of so many blocks of it
-            (8, say: two passes over U each). 0 gives none.
-        counterfactuals: losses whose step from the same state and U-batch is measured beside this one:
-            `entropy_bonus`, `clip_higher`, `clip_cov`, `kl_cov`, `positive_only`, `negative_only`, `no_momentum`, or
-            `unchanged` as a control. Each takes a backward pass over U and a pass over E.
-    """
-
-    enabled: bool = False
-    influence_matrix: bool = False
-    token_error_blocks: int = 0
-    counterfactuals: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.token_error_blocks < 0 or self.token_error_blocks == 1:
-            raise ValueError(f"expected token_error_blocks of at least 2, or 0 for none, got {self.token_error_blocks}")
-        if not self.enabled and (self.influence_matrix or self.token_error_blocks):
-            raise ValueError(
-                "expected attribution.enabled: true with influence_matrix or token_error_blocks, got false"
-            )
-        if len(set(self.counterfactuals)) < len(self.counterfactuals):
-            raise ValueError(f"expected every name in counterfactuals once, got {self.counterfactuals}")
-
-    @property
-    def asked(self) -> bool:
-        """Whether anything here is."""
-        return self.enabled or bool(self.counterfactuals)
-
-    @property
-    def passes(self) -> int:
-        """Passes that it adds, by the probe's count; the matrix and the tokens' error bars count as one each."""
-        attribution = ATTRIBUTION_PASSES + self.influence_matrix + (self.token_error_blocks > 0)
-        return attribution * self.enabled + len(self.counterfactuals)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_pl.attribution import UpdateBatch
+from entropy_pl.attribution import UpdateBatch, counterfactual_update
 from entropy_pl.attribution.counterfactual import StepWith
 from entropy_pl.groups import Groups
 from entropy_pl.measurements.settings import MeasurementSettings, PrecisionSettings, UpdateVectorPrecision
@@ -28,6 +28,7 @@ from entropy_pl.policy_gradient import PolicyGradient, TrainingBatch
 from entropy_pl.updates import UpdateVector, clip_gradients, match_optimizer_state, rebuild_update
 from entropy_pl.updates.optimizer_state import MatchedState
 
+OF_A_PAIR = "the difference of two checkpoints has no U-batch: measure one checkpoint with its optimizer's state"
 LOSS_SCALE = 2.0**16  # where torch's GradScaler starts
 
 
@@ -209,3 +210,40 @@ def gradient_precision(model: nn.Module, precision: PrecisionSettings) -> Iterat
     device = next(model.parameters()).device.type
     with context, torch.autocast(device, dtype=getattr(torch, chosen.amp_dtype), enabled=chosen.use_amp):
         yield
+
+
+def counterfactual_of(
+    model: nn.Module, update: MeasuredUpdate, settings: MeasurementSettings, absent: dict[str, str]
+) -> Callable[[str], UpdateVector] | None:
+    """Return what makes the update of another loss from the same U-batch and optimizer state.
+
+    Args:
+        model: the policy.
+        update: v, with the U-batch behind it.
+        settings: of the measurement.
+        absent: is told why there can be none, where the settings ask for some, and for an attribution.
+
+    Returns:
+        From a loss's name to its update, made as this step's own gradient was made; None of a pair of checkpoints.
+    """
+    batch, step_with = update.batch, update.step_with
+    if batch is None or step_with is None:
+        asked = {"attribution": settings.attribution.enabled, "counterfactuals": settings.attribution.counterfactuals}
+        absent.update({name: OF_A_PAIR for name, wanted in asked.items() if wanted})
+        return None
+    assert batch.policy_gradient is not None
+    precision, dtype = _without_float16(settings.precision), batch.policy_gradient.dtype
+
+    def make(name: str) -> UpdateVector:
+        with gradient_precision(model, precision), same_choice_of_tokens(settings):
+            return counterfactual_update(model, batch, name, step_with, dtype=dtype)
+
+    return make
+
+
+def _without_float16(precision: PrecisionSettings) -> PrecisionSettings:
+    """Float32 in its place: without a scaled loss, which these gradients are not of, the small of them is lost."""
+    chosen = precision.update_vector
+    if not chosen.use_amp or chosen.amp_dtype != "float16":
+        return precision
+    return replace(precision, update_vector=replace(chosen, use_amp=False))

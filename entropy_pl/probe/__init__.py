@@ -6,19 +6,23 @@ Model passes and arithmetic are apart: :meth:`EntropyProbe.collect` scores, :met
 
 from entropy_pl.probe.cost import ProbeMemory, probe_memory
 from entropy_pl.probe.dry_run import take_dry_run
-from entropy_pl.probe.engine import ATTRIBUTION_PASSES, EntropyProbe
+from entropy_pl.probe.engine import EntropyProbe
 from entropy_pl.probe.memory import PeakMemory, peak_memory, what_happened
 from entropy_pl.probe.result import Counterfactual, ProbeResult, SweepPoint, SymmetricPoint
 from entropy_pl.probe.sampler_gate import SamplerGap, SamplerGate, SamplerMismatchError, sampler_gap
 from entropy_pl.probe.scores import ProbeScores
-from entropy_pl.probe.settings import Precision, ProbeSettings
+from entropy_pl.probe.settings import ATTRIBUTION_PASSES, AttributionSettings, Precision, ProbeSettings
 from entropy_pl.probe.smoothness import WithheldError
+from entropy_pl.probe.step import AttributedStep, MeasuredStep, StepMeasurement
 from entropy_pl.probe.timing import timed
 
 __all__ = [
     "ATTRIBUTION_PASSES",
+    "AttributedStep",
+    "AttributionSettings",
     "Counterfactual",
     "EntropyProbe",
+    "MeasuredStep",
     "PeakMemory",
     "Precision",
     "ProbeMemory",
@@ -28,6 +32,7 @@ __all__ = [
     "SamplerGap",
     "SamplerGate",
     "SamplerMismatchError",
+    "StepMeasurement",
     "SweepPoint",
     "SymmetricPoint",
     "WithheldError",

@@ -37,11 +37,6 @@ from entropy_pl.probe.timing import timed
 from entropy_pl.rollout import Rollout, TokenStats, prompt_clusters
 from entropy_pl.updates.vector import UpdateVector
 
-OVER_U = 5  # of the passes below
-ATTRIBUTION_PASSES = OVER_U + 6
-"""Of an attribution, for progress bars: ∇Ĥ over E; θ, two differences and the gradients of two signs over U; momentum,
-weight decay, the tokens of two signs and what is left over E."""
-
 
 @dataclass(frozen=True)
 class EntropyProbe(ProbeSettings):

@@ -1,21 +1,28 @@
-"""What a probe measures: its options, and what follows from them alone."""
+"""The options of a probe and of its attribution, and what follows from them alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 
 from entropy_pl.estimators import Baseline, Measure
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
+from entropy_pl.objectives import counterfactual_names
 from entropy_pl.policy.tangents import Method
+from entropy_pl.registry import did_you_mean
 from entropy_pl.rollout import Rollout, checked_temperature
 
 Precision = Literal["float32", "float64"]
 """Number formats of a probe's forward passes, and of its softmax, log-probs and entropies."""
+
+ATTRIBUTION_PASSES_OVER_U = 5
+ATTRIBUTION_PASSES = ATTRIBUTION_PASSES_OVER_U + 6
+"""Passes of an attribution, for progress bars: ∇Ĥ over E; θ, two differences and the gradients of two signs over U;
+momentum, weight decay, the tokens of two signs and what is left over E."""
 
 RECORDED_SETTINGS = (
     "normalize",
@@ -150,3 +157,58 @@ class ProbeSettings:
     def recorded(self) -> dict[str, Any]:
         """The options that decide what is estimated, for the record."""
         return {name: getattr(self, name) for name in RECORDED_SETTINGS}
+
+
+@dataclass(frozen=True)
+class AttributionSettings:
+    """Who moved the entropy, and what other losses would have done. Of a pair of checkpoints there is neither.
+
+    Args:
+        enabled: attribute the step's first-order change to its momentum, its weight decay and every token of U.
+        influence_matrix: measure the influence of each U-completion on each E-completion too, with error bars: a
+            forward and a backward pass of every completion by itself.
+        token_error_blocks: give every token an error bar over E, from the attribution by each of so many blocks of it
+            (8, say: two passes over U each). 0 gives none.
+        counterfactuals: losses whose step from the same state and U-batch is measured beside this one:
+            `entropy_bonus`, `clip_higher`, `clip_cov`, `kl_cov`, `positive_only`, `negative_only`, `no_momentum`, or
+            `unchanged` as a control. Each takes a backward pass over U and a pass over E.
+
+    Raises:
+        ValueError: for a single block, a name there is none of or that stands there twice, or parts of an attribution
+            without it.
+    """
+
+    enabled: bool = False
+    influence_matrix: bool = False
+    token_error_blocks: int = 0
+    counterfactuals: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.token_error_blocks < 0 or self.token_error_blocks == 1:
+            raise ValueError(f"expected token_error_blocks of at least 2, or 0 for none, got {self.token_error_blocks}")
+        if not self.enabled and (self.influence_matrix or self.token_error_blocks):
+            raise ValueError("expected attribution turned on with influence_matrix or token_error_blocks, got it off")
+        if len(set(self.counterfactuals)) < len(self.counterfactuals):
+            raise ValueError(f"expected every name in counterfactuals once, got {self.counterfactuals}")
+        names = counterfactual_names()
+        for name in self.counterfactuals:
+            if name not in names:
+                raise ValueError(
+                    f"expected counterfactuals out of {', '.join(names)}, got {name!r}{did_you_mean(name, names)}"
+                )
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything here is, for which a U-batch is needed."""
+        return self.enabled or bool(self.counterfactuals)
+
+    @property
+    def with_errors(self) -> bool:
+        """Whether every token gets an error bar over E."""
+        return self.token_error_blocks > 0
+
+    @property
+    def passes(self) -> int:
+        """Passes that it adds, by the probe's count; the matrix and the tokens' error bars count as one each."""
+        attribution = ATTRIBUTION_PASSES + self.influence_matrix + self.with_errors
+        return attribution * self.enabled + len(self.counterfactuals)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, compare_predictors
 from entropy_pl.estimators import EntropyChange, interval
 from entropy_pl.estimators.snis import Normalize
-from entropy_pl.probe import what_happened
+from entropy_pl.probe import MeasuredStep, StepMeasurement
+from entropy_pl.probe.step import noted
 from entropy_pl.reporting.attributed import ERRORS, TOTALS, AttributedTokens
 from entropy_pl.reporting.records import Record
 from entropy_pl.rollout import prompt_clusters
@@ -77,34 +74,46 @@ def attributed_tokens(
     )
 
 
-@contextmanager
-def noted(absent: dict[str, str], what: str) -> Iterator[None]:
-    """What fails inside costs nothing else: ``absent[what]`` says why."""
-    try:
-        yield
-    except Exception as error:
-        absent[what] = what_happened(error)
-
-
-def attribution_record(
-    attribution: Attribution, batch: UpdateBatch, tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> tuple[Record, AttributedTokens]:
-    """What a record keeps of an attribution, and all of it.
+def measured_record(
+    measured: MeasuredStep, measurement: StepMeasurement, tokenizer: PreTrainedTokenizerBase, *, step: int, lr: float
+) -> tuple[Record, AttributedTokens | None]:
+    """Return what a record holds of a measured step, and every token of its U-batch where it was attributed.
 
     Args:
-        attribution: per unit η.
-        batch: the whole U-batch.
+        measured: what was found.
+        measurement: that found it; what cannot be attributed is noted in its ``absent``.
         tokenizer: of the policy.
-        options: of :func:`attributed_tokens`.
+        step: the optimizer step.
+        lr: η.
 
     Returns:
-        The keys ``attribution`` and, where the batch has advantages, ``predictors``; and every token. All but the
-        predictors' ``step`` are of the step taken.
+        The keys of :meth:`.ProbeResult.to_dict`, and ``attribution`` and ``predictors`` where they are there. All but
+        the predictors' ``step`` are of the step taken.
     """
-    tokens = attributed_tokens(attribution, batch, tokenizer, **options)
-    found = attribution.to_dict(options["lr"], options.get("first_order"))
-    record: Record = {"attribution": found | tokens.summary()}
-    if batch.advantages is not None:
-        predictors = compare_predictors(attribution, batch, clusters=prompt_clusters(batch.rollout))
-        record["predictors"] = {name: predictor.to_dict() for name, predictor in predictors.items()}
-    return record, tokens
+    record, attributed = measured.result.to_dict(), measured.attributed
+    tokens = None
+    if attributed is not None:
+        attribution, batch, first_order = attributed.attribution, attributed.batch, measured.result.first_order
+        with noted(measurement.absent, "attribution"):
+            tokens = attributed_tokens(
+                attribution,
+                batch,
+                tokenizer,
+                step=step,
+                lr=lr,
+                unit=measurement.probe.normalize,
+                first_order=first_order,
+                matrix=attributed.matrix,
+                stderr=attributed.token_stderr,
+            )
+            explained: Record = {"attribution": attribution.to_dict(lr, first_order) | tokens.summary()}
+            if batch.advantages is None:
+                measurement.absent["predictors"] = "the U-batch has no advantages"
+            else:
+                predictors = compare_predictors(attribution, batch, clusters=prompt_clusters(batch.rollout))
+                explained["predictors"] = {name: predictor.to_dict() for name, predictor in predictors.items()}
+            record |= explained
+    return record | {
+        "absent": measurement.absent,
+        "warnings": list(dict.fromkeys([*record["warnings"], *measurement.warnings])),
+    }, tokens

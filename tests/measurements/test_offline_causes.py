@@ -20,8 +20,7 @@ from entropy_pl.cli import main
 from entropy_pl.estimators import first_order_delta_entropy, snis_delta_entropy, snis_delta_reward
 from entropy_pl.measurements import Drawn
 from entropy_pl.measurements.batches import draw_u_batch, prompt_data
-from entropy_pl.measurements.causes import Causes
-from entropy_pl.measurements.update import update_from_optimizer
+from entropy_pl.measurements.update import counterfactual_of, update_from_optimizer
 from entropy_pl.objectives import INTERVENTIONS, register_reward
 from entropy_pl.policy import decode_completions, trainable_parameters
 from entropy_pl.policy.precision import float64_evaluation
@@ -239,8 +238,7 @@ def test_no_momentum_is_torchs_step_with_beta1_zero(config, run_dir, tiny_policy
     with pytest.warns(UserWarning, match=r"max_grad_norm None \(run: 1\.0\)"):
         measurement, drawn = drawn_by(config(precision=FLOAT64, **sections))
     policy = measurement.checkpoint.policy
-    causes = Causes(policy.model, policy.tokenizer, measurement.settings, drawn.update)
-    [(_, update)] = causes.counterfactuals()
+    update = counterfactual_of(policy.model, drawn.update, measurement.settings, {})("no_momentum")
     taken = step_of_torch(config, run_dir / "step-5.ckpt", tiny_policy_dir, no_momentum=True)
     names = sorted(taken.direction)
     ours, theirs = flat(update.direction, names), flat(taken.direction, names)
@@ -473,9 +471,10 @@ def test_an_attribution_that_fails_costs_nothing_else(config):
     """The sweep is there, and the reason."""
     measurement = EntropyMeasurements(config(attribution={"enabled": True}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("entropy_pl.measurements.causes.attribution_record", broken)
+        patch.setattr("entropy_pl.reporting.attributing.attributed_tokens", broken)
         results = measurement.run_experiments()
-    assert results["absent"] == {"attribution": "RuntimeError: out of memory"}
+    assert list(results["absent"]) == ["attribution"]
+    assert results["absent"]["attribution"].startswith("RuntimeError: out of memory")
     assert results["attribution"] is None
     assert len(results["sweep"]) == 3
 

@@ -402,7 +402,7 @@ def test_options_out_of_range():
         probe(counterfactuals=["clip_hihger"])
     with pytest.raises(Exception, match="expected token_error_blocks of at least 2, or 0 for none, got 1"):
         probe(token_error_blocks=1)
-    with pytest.raises(Exception, match="expected attribution: true with influence_matrix"):
+    with pytest.raises(Exception, match="expected attribution turned on with influence_matrix"):
         probe(attribution=False, influence_matrix=True)
     with pytest.raises(Exception, match="expected reward as a function of prompts and completions, got str"):
         probe(reward="accuracy")
