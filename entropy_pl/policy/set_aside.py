@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from peft.tuners.lora import dora
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -43,7 +42,8 @@ def nothing_remembered(model: nn.Module) -> Iterator[None]:
 
     Some layers keep in eval mode what they have computed from their parameters, and forget it when ``train()`` is
     called: PEFT's DoRA with caching enabled keeps the norm of its weights. A probe moves parameters in eval mode. Here
-    such layers start with nothing kept, DoRA keeps nothing, and everything they held is back afterwards.
+    such layers start with nothing kept, and everything they held is back afterwards: every pass at other parameters
+    has to begin in a block of its own.
 
     Args:
         model: in whatever mode; the flags ``training`` are the caller's to put back.
@@ -56,8 +56,6 @@ def nothing_remembered(model: nn.Module) -> Iterator[None]:
                 continue
             stack.callback(_hold_again, module, _held(module))
             module.train()
-        stack.callback(setattr, dora, "ENABLE_DORA_CACHING", dora.ENABLE_DORA_CACHING)
-        dora.ENABLE_DORA_CACHING = False
         yield
 
 

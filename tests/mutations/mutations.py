@@ -267,8 +267,8 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
     "entropy_pl/estimators/ratio.py": [
         ("value = a / b if b else math.nan", "value = b / a if b else math.nan", "numerator and denominator swapped"),
         (
-            "v[0, 0] - 2 * value * v[0, 1]",
-            "v[0, 0] + 2 * value * v[0, 1]",
+            "(numerator - value * denominator).stderr",
+            "(numerator + value * denominator).stderr",
             "delta method: sign of the covariance flipped",
         ),
         ("a * b - t_square * float(v[0, 1])", "a * b", "Fieller: the covariance forgotten"),
@@ -514,10 +514,10 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             '{"clusters": scores.clusters, "confidence": 0.95}',
             "the confidence asked for is ignored",
         ),
-        ("first_order=entropy.first.scaled(eta)", "first_order=entropy.first", "δH₁: η forgotten"),
+        ("first_order=eta * entropy.first,", "first_order=entropy.first,", "δH₁: η forgotten"),
         (
-            "[(1.0, change), (-1.0, quantity.plain(taken))]",
-            "[(-1.0, change), (1.0, quantity.plain(taken))]",
+            "change - quantity.plain(taken)",
+            "quantity.plain(taken) - change",
             "counterfactual difference: sign flipped",
         ),
         (
@@ -761,11 +761,7 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
         ("grouped = dtype is not torch.float64 and (", "grouped = (", "experts by grouped products in float64"),
     ],
     "entropy_pl/policy/set_aside.py": [
-        (
-            "dora.ENABLE_DORA_CACHING = False",
-            "dora.ENABLE_DORA_CACHING = True",
-            "a norm that DoRA kept is read at another θ",
-        ),
+        ("            module.train()", "            pass", "what layers kept of θ is read at another θ"),
         ('"output_router_logits": False', '"output_router_logits": True', "the routers' logits are asked for"),
     ],
     "entropy_pl/policy/duals.py": [
@@ -807,6 +803,7 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "prompts padded on the right",
         ),
         ("return self.completion_mask.sum(1)", "return self.completion_mask.sum(1) - 1", "lengths without the EOS"),
+        ("temperature=temperatures.pop())", "temperature=1.0)", "batches put together forget their temperature"),
     ],
     "callbacks/door.py": [
         ("step % self.every_n_steps == 0", "(step + 1) % self.every_n_steps == 0", "probed steps counted from 1"),

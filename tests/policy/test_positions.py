@@ -80,9 +80,12 @@ def test_completions_of_both_regimes_are_those_drawn_alone():
 def test_scores_do_not_depend_on_the_neighbours():
     """Sequences on both sides of the boundary and across it; 1e-5 is float32's rounding of a log-prob, a regime 0.1."""
     model = longrope()
-    rollout = sample_completions(model, TOKENIZER, SHORT + LONG, max_new_tokens=14)
+    drawn = [sample_completions(model, TOKENIZER, SHORT + LONG, max_new_tokens=n) for n in (4, 14)]
+    rollout = Rollout.concatenate(drawn)
+    beyond = rollout.prompt_lengths + rollout.completion_lengths > BOUNDARY
     assert crossing(rollout, BOUNDARY).any()
-    assert not crossing(rollout, BOUNDARY).all()
+    assert (~beyond).any()
+    assert (beyond & ~crossing(rollout, BOUNDARY)).any()
     together = token_stats(model, rollout, max_batch_tokens=10**6)
     for row in range(len(rollout)):
         expected = alone(model, rollout, row)
