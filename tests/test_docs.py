@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -60,6 +61,25 @@ def test_every_page_is_reached_from_the_first():
     assert pages == set(re.findall(r"^([a-z][\w-]*)$", contents, re.MULTILINE))
     named = set(re.findall(r"\(docs/([\w-]+)\.md", (ROOT / "README.md").read_text()))
     assert pages == named
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`(entropy_pl(?:\.\w+)+)`", (ROOT / "docs/glossary.md").read_text())))
+)
+def test_a_name_in_the_glossary_is_in_the_code(name):
+    """The glossary says where a term is in the code by names that can be imported, which survive a moved file."""
+    path = name
+    while True:
+        try:
+            found = importlib.import_module(path)
+            break
+        except ModuleNotFoundError:
+            path = path.rpartition(".")[0]
+            assert path, f"expected {name} to be importable"
+    for attribute in filter(None, name.removeprefix(path).split(".")):
+        declared = getattr(found, "__dataclass_fields__", {})
+        assert hasattr(found, attribute) or attribute in declared, f"{name}: no {attribute} in {path}"
+        found = getattr(found, attribute, None)
 
 
 def test_every_key_of_a_measurement_is_explained():
