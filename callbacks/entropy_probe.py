@@ -24,6 +24,7 @@ from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
 from entropy_pl.callbacks.sources import RunSources
 from entropy_pl.peers import Peers
 from entropy_pl.strategies import holds_whole_policy
+from entropy_pl.updates.clipping import clip_factor
 from entropy_pl.updates.steps import inner_optimizer
 
 
@@ -170,9 +171,9 @@ class EntropyProbeCallback(ProbeDoor, Callback):
                 return batch
             if trainer.gradient_clip_val is None or trainer.gradient_clip_algorithm == "value":
                 return replace(batch, gradient_scale=1.0)
-            # as torch's clip_grad_norm_ computes it; a step may have overwritten the gradients it was given
-            limit = float(trainer.gradient_clip_val)
-            return replace(batch, gradient_scale=min(1.0, limit / (float(self._unclipped) + 1e-6)))
+            # from the norm that was noted: a step may have overwritten the gradients it was given
+            scale = clip_factor(float(self._unclipped), float(trainer.gradient_clip_val))
+            return replace(batch, gradient_scale=float(scale))
 
         return RunSources(update_batch, rewards)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
+from entropy_pl.files import written_whole
 from entropy_pl.reporting import (
     AttributedTokens,
     Record,
@@ -128,15 +128,10 @@ def publish(record: Record, sinks: Sequence[Sink], tokens: AttributedTokens | No
 
 def _write_tokens(tokens: AttributedTokens, name: Path) -> None:
     """All numbers, and a page; each appears once it is whole."""
-    name.parent.mkdir(exist_ok=True)
     tokens.save(name.with_suffix(".npz"))
-    page, unfinished = name.with_suffix(".html"), name.with_suffix(".html.tmp")
     title = f"Who moved the entropy: optimizer step {tokens.step}"
-    try:
-        unfinished.write_text(attribution_page(tokens, title=title), encoding="utf-8")
-        os.replace(unfinished, page)
-    finally:
-        unfinished.unlink(missing_ok=True)  # of a full disk
+    with written_whole(name.with_suffix(".html")) as page:
+        page.write_text(attribution_page(tokens, title=title), encoding="utf-8")
 
 
 @contextmanager

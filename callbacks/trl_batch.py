@@ -19,6 +19,7 @@ from entropy_pl.attribution import UpdateBatch
 from entropy_pl.objectives import LossSettings, token_weights
 from entropy_pl.policy_gradient import PolicyGradient, TrainingBatch
 from entropy_pl.rollout import Rollout
+from entropy_pl.updates.clipping import clip_factor
 
 SCORING = "_get_per_token_logps_and_entropies"
 PER_TOKEN = ("bnpo", "dapo", "cispo", "vespo")  # TRL's losses that are divided by a number of tokens
@@ -194,7 +195,7 @@ class StepCapture:
             )
         scale = 1.0
         for norm, to in self._clipped:
-            scale *= min(1.0, to / (float(norm) + 1e-6))
+            scale *= float(clip_factor(float(norm), to))
         return scale
 
     def _with_loss(self, batch: UpdateBatch, parts: list[_MicroBatch]) -> UpdateBatch:

@@ -67,6 +67,7 @@ from entropy_pl.policy_gradient import PolicyGradient, TrainingBatch, sum_gradie
 from entropy_pl.progress import parts_shown
 from entropy_pl.rollout import TokenStats
 from entropy_pl.strategies import holds_whole_policy
+from entropy_pl.updates.clipping import clip_factor
 
 METRICS = (
     "reward",
@@ -379,7 +380,7 @@ class GRPOModule(LightningModule):
             return None
         batch, old_logp, logp = self._taken
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        scale = torch.clamp(limit / (self._gradient_norm + 1e-6), max=1.0)  # as torch's clip_grad_norm_ computes it
+        scale = clip_factor(self._gradient_norm, limit)
         return UpdateBatch.of_step(
             self.policy_gradient,
             batch,

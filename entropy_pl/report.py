@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from entropy_pl.config import UsageError
+from entropy_pl.files import written_whole
 from entropy_pl.progress import parts_shown
 from entropy_pl.reporting import read_run, run_page
 
@@ -48,13 +48,8 @@ def run_report(words: Sequence[str]) -> None:
         file = given.output or run.probe / PAGE
         with parts_shown(True):
             page = run_page(run, folder=file.parent)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.tmp")
-        try:
+        with written_whole(file) as unfinished:
             unfinished.write_text(page, encoding="utf-8")
-            os.replace(unfinished, file)
-        finally:
-            unfinished.unlink(missing_ok=True)  # of a full disk
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     print(f"report   {file}")

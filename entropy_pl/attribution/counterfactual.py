@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from entropy_pl.attribution.batch import UpdateBatch
 from entropy_pl.objectives import WITHOUT_MOMENTUM, intervened
 from entropy_pl.policy_gradient import PolicyGradient
+from entropy_pl.updates.clipping import clip_factor
 from entropy_pl.updates.vector import UpdateVector
 
 
@@ -69,5 +70,5 @@ def _clipped_gradient(
     if batch.max_grad_norm is None:
         return gradient
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradient.values()]))
-    scale = (batch.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_ computes it
+    scale = clip_factor(norm, batch.max_grad_norm)
     return {name: scale * g for name, g in gradient.items()}

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from entropy_pl.files import written_whole
 from entropy_pl.reporting import AttributedTokens, Record, attribution_page, eta_sweep_figure
 from entropy_pl.reporting.records import plain
 from entropy_pl.version import __version__
@@ -113,9 +114,8 @@ def as_yaml(config: Mapping[str, Any]) -> str:
 
 def write_whole(file: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file at once: whoever finds it finds all of it."""
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
-    temporary.replace(file)
+    with written_whole(file) as unfinished:
+        unfinished.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
 
 
 def refuse_another_config(file: Path, config_hash: str) -> None:

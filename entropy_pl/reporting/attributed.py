@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entropy_pl.attribution.signs import NEGATIVE, POSITIVE, ZERO, by_sign
+from entropy_pl.files import written_whole
 from entropy_pl.reporting.records import Record, plain
 from entropy_pl.reporting.visible_text import shortened
 
@@ -238,15 +239,8 @@ class AttributedTokens:
             "prompts": list(self.prompts),
         }
         arrays = {name: getattr(self, name) for name in ARRAYS if getattr(self, name) is not None}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.tmp")
-        try:
-            with open(unfinished, "wb") as file:
-                np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)  # of a full disk
+        with written_whole(Path(path)) as unfinished, open(unfinished, "wb") as file:
+            np.savez_compressed(file, header=np.array(json.dumps(header)), **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AttributedTokens:

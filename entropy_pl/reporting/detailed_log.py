@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from entropy_pl.files import written_whole
 from entropy_pl.reporting.detailed import (
     Kind,
     LoggingSettings,
@@ -148,15 +149,11 @@ class DetailedLog:
         own = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
         }
-        temporary = _companion(self.path, self.run_id, ".safetensors.tmp")
         try:
-            save_file(own, temporary, metadata={"schema": str(SCHEMA), "run_id": self.run_id})
-            shutil.copymode(self.path, temporary)  # safetensors makes a file that its owner alone can read
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self.tensors_path)
+            with written_whole(self.tensors_path) as unfinished:
+                save_file(own, unfinished, metadata={"schema": str(SCHEMA), "run_id": self.run_id})
+                shutil.copymode(self.path, unfinished)  # safetensors makes a file that its owner alone can read
         except Exception as error:  # safetensors has an exception of its own for a full disk
-            temporary.unlink(missing_ok=True)
             raise OSError(f"expected to write {len(own)} tensors to {self.tensors_path}, got: {error}") from error
         return self.tensors_path
 

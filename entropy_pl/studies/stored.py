@@ -7,7 +7,6 @@ it is executed when it is read.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from entropy_pl.files import written_whole
 from entropy_pl.measurements import Drawn, EntropyMeasurements, MeasurementSettings
 from entropy_pl.measurements.update import MeasuredUpdate
 from entropy_pl.probe import ProbeScores
@@ -96,13 +96,9 @@ def scored_once(path: Path, score: Callable[[], ProbeScores]) -> ProbeScores:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     """Write a safetensors file at once, JSON-able facts in its header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, temporary, metadata={"facts": to_json(facts)})
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with written_whole(path) as unfinished:
+        save_file(plain, unfinished, metadata={"facts": to_json(facts)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from entropy_pl.updates.adamw import AdamSettings, split_next_step
 from entropy_pl.updates.optimizer_state import MatchedState
@@ -30,7 +29,8 @@ def rebuild_update(
     Args:
         parameters: parameter name → θ.
         gradients: parameter name → g of θ's shape, as the optimizer would see it: averaged, unscaled, clipped
-            (:func:`clip_gradients`). None: the parameter does not move, its momentum and decay neither, as in torch.
+            (:func:`~entropy_pl.updates.clipping.clip_gradients`). None: the parameter does not move, its momentum and
+            decay neither, as in torch.
         state: the moments before the step (:func:`~entropy_pl.updates.optimizer_state.match_optimizer_state`).
         lr: lr_ref of the step, > 0; None for the largest learning rate saved. The groups keep their proportions: those
             of their learning rates or, if these are all zero (the end of a schedule), of their initial ones.
@@ -55,35 +55,6 @@ def rebuild_update(
 
 
 @torch.no_grad()
-def clip_gradients(
-    gradients: Mapping[str, Tensor | None], max_norm: float | None
-) -> tuple[dict[str, Tensor | None], float, float]:
-    """Clip by the global norm, by torch's own ``clip_grad_norm_``; the gradients given stay as they are.
-
-    Args:
-        gradients: parameter name → g, or None.
-        max_norm: the largest norm to leave, > 0; None for no clipping.
-
-    Returns:
-        The gradients times the scale, their norm before, and the scale, min(1, max_norm/(norm + 1e-6)).
-
-    Raises:
-        ValueError: if ``max_norm`` is not positive.
-    """
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"expected max_norm > 0, got {max_norm}: give None for no clipping")
-    clipped = {name: gradient if gradient is None else gradient.clone() for name, gradient in gradients.items()}
-    holders = []  # torch clips what hangs on a tensor as its .grad
-    for gradient in clipped.values():
-        if gradient is not None:
-            holders.append(gradient.detach())
-            holders[-1].grad = gradient
-    norm = clip_grad_norm_(holders, float("inf") if max_norm is None else max_norm)
-    if max_norm is None:
-        return dict(gradients), float(norm), 1.0
-    return clipped, float(norm), float((max_norm / (norm + 1e-6)).clamp(max=1.0))
-
-
 def _check(parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], state: MatchedState) -> None:
     for what, names in (("gradients", gradients.keys()), ("the optimizer state", state.names())):
         if names != parameters.keys():

@@ -188,7 +188,7 @@ class UpdateRecorder:
 
         Args:
             gradients: parameter name → g of θ's shape, as the optimizer would see it: summed, unscaled, clipped
-                (:func:`~entropy_pl.updates.rebuild.clip_gradients`). A parameter that is not among them, or with None,
+                (:func:`~entropy_pl.updates.clipping.clip_gradients`). A parameter that is not among them, or with None,
                 has no gradient and does not move.
             momentum: False for the same step without memory of direction: β₁ = 0 (the second moment and its bias
                 correction stay as they are), of SGD a momentum of 0.
