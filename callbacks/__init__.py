@@ -1,4 +1,4 @@
-"""Doors to the probe: attach it to a training run that exists.
+"""Adapters that attach the probe to a training run that exists: one file per trainer.
 
 Imported when first asked for: who trains with Transformers need not wait for Lightning.
 """

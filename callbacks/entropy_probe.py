@@ -17,21 +17,21 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from entropy_pl.attribution import UpdateBatch
-from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizers, find_policy, find_tokenizer, refuse_sharded
-from entropy_pl.callbacks.door import Attachment, ProbeDoor
-from entropy_pl.callbacks.prompts import find_prompts
-from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
-from entropy_pl.callbacks.sources import RunSources
+from entropy_pl.monitor.discovery import NOT_TRAINING, find_optimizers, find_policy, find_tokenizer, refuse_sharded
+from entropy_pl.monitor.loggers import RunLogger, TensorBoardRunLogger
+from entropy_pl.monitor.prompts import find_prompts
+from entropy_pl.monitor.sources import RunSources
+from entropy_pl.monitor.step_monitor import Attachment, StepMonitor
 from entropy_pl.peers import Peers
 from entropy_pl.strategies import holds_whole_policy
 from entropy_pl.updates.clipping import clip_factor
 from entropy_pl.updates.steps import inner_optimizer
 
 
-class EntropyProbeCallback(ProbeDoor, Callback):
+class EntropyProbeCallback(StepMonitor, Callback):
     """Measure what chosen optimizer steps do to the policy's entropy: a callback for Lightning's Trainer.
 
-    The options are those of :class:`~entropy_pl.callbacks.door.ProbeDoor`.
+    The options are those of :class:`~entropy_pl.monitor.step_monitor.StepMonitor`.
 
     The policy, its tokenizer and its optimizer are found in any LightningModule, E prompts in a datamodule with an
     `e_prompts`; `temperature` and `max_new_tokens` are by default the module's own attributes of these names. Its
@@ -130,7 +130,7 @@ class EntropyProbeCallback(ProbeDoor, Callback):
         refuse_sharded(policy, _sharding(trainer))
         owners = [owner for owner in (pl_module, datamodule) if owner is not None]
         tokenizer = find_tokenizer(self._tokenizer, owners)
-        session = self.session_for(
+        run_probe = self.run_probe_for(
             policy,
             tokenizer,
             find_prompts(self._prompts, getattr(datamodule, "e_prompts", None), tokenizer, self._prompt_column),
@@ -140,9 +140,9 @@ class EntropyProbeCallback(ProbeDoor, Callback):
             self._sources(trainer, pl_module),
             _sampling_options(pl_module),
         )
-        optimizers = find_optimizers(trainer.optimizers, policy, self._optimizer, session.adapter.watches())
-        session.note_adapters(trainer.optimizers)
-        return Attachment(session, optimizers, self.directory(trainer), lambda: _sinks(trainer.loggers))
+        optimizers = find_optimizers(trainer.optimizers, policy, self._optimizer, run_probe.adapter.watches())
+        run_probe.note_adapters(trainer.optimizers)
+        return Attachment(run_probe, optimizers, self.directory(trainer), lambda: _run_loggers(trainer.loggers))
 
     def _sources(self, trainer: Trainer, pl_module: LightningModule) -> RunSources:
         """What the module says of itself, where it does."""
@@ -191,7 +191,7 @@ class EntropyProbeCallback(ProbeDoor, Callback):
                 )
 
 
-class LoggerSink(Sink):
+class LightningRunLogger(RunLogger):
     """A Lightning logger that is not TensorBoard's; pictures go to those with a ``log_image`` like W&B's."""
 
     def __init__(self, logger: Logger) -> None:
@@ -212,11 +212,11 @@ def _gradient_norm(optimizer: Any) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def _sinks(loggers: Sequence[Logger]) -> list[Sink]:
+def _run_loggers(loggers: Sequence[Logger]) -> list[RunLogger]:
     return [
-        TensorBoardSink(logger.experiment, logger.root_dir)
+        TensorBoardRunLogger(logger.experiment, logger.root_dir)
         if isinstance(logger, TensorBoardLogger)
-        else LoggerSink(logger)
+        else LightningRunLogger(logger)
         for logger in loggers
     ]
 

@@ -15,15 +15,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 
 from entropy_pl.attribution import UpdateBatch
-from entropy_pl.callbacks.attach import NOT_TRAINING, find_optimizers, find_policy, find_tokenizer, refuse_sharded
-from entropy_pl.callbacks.door import Attachment, ProbeDoor
-from entropy_pl.callbacks.prompts import PromptRows, given_or_kept
-from entropy_pl.callbacks.rendering import Rendering
-from entropy_pl.callbacks.sinks import Sink, TensorBoardSink
-from entropy_pl.callbacks.sources import RunSources
-from entropy_pl.callbacks.trl_batch import SCORING, StepCapture
-from entropy_pl.callbacks.trl_prompts import TrainerPrompts
-from entropy_pl.callbacks.trl_rewards import TrainerRewards
+from entropy_pl.monitor.discovery import NOT_TRAINING, find_optimizers, find_policy, find_tokenizer, refuse_sharded
+from entropy_pl.monitor.loggers import RunLogger, TensorBoardRunLogger
+from entropy_pl.monitor.prompts import PromptRows, given_or_kept
+from entropy_pl.monitor.rendering import Rendering
+from entropy_pl.monitor.sources import RunSources
+from entropy_pl.monitor.step_monitor import Attachment, StepMonitor
+from entropy_pl.monitor.trl_batch import SCORING, StepCapture
+from entropy_pl.monitor.trl_prompts import TrainerPrompts
+from entropy_pl.monitor.trl_rewards import TrainerRewards
 from entropy_pl.peers import Peers
 
 __all__ = ["EntropyProbeTrainerCallback"]
@@ -32,12 +32,12 @@ SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEG
 WITH_A_CLOCK = ("DVCLiveCallback",)
 
 
-class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
+class EntropyProbeTrainerCallback(StepMonitor, TrainerCallback):
     """Measures the entropy change of single optimizer steps of a Hugging Face Trainer, TRL's GRPOTrainer above all.
 
-    Everything else is :class:`~entropy_pl.callbacks.door.ProbeDoor`'s: the same probe, records and TensorBoard tags as
-    in a Lightning run. `temperature` and `max_new_tokens` are by default those of the GRPOConfig, E prompts those of
-    the trainer's evaluation dataset.
+    Everything else is :class:`~entropy_pl.monitor.step_monitor.StepMonitor`'s: the same probe, records and TensorBoard
+    tags as in a Lightning run. `temperature` and `max_new_tokens` are by default those of the GRPOConfig, E prompts
+    those of the trainer's evaluation dataset.
 
     With its trainer, a GRPOTrainer, the change is attributed as in a Lightning run: to every token of the U-batch, by
     what the loss's own backward pass hands to its log-probs, whatever the loss; and to the price of reward, by the
@@ -51,7 +51,7 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
         trainer: the Trainer that this callback is added to. With it the probe's curves go to all that its `report_to`
             names, each probe has its own step's reward beside it, and causes are looked for; without it, to TensorBoard
             alone, in a folder of their own, with the reward that was logged last, and without causes.
-        options: as for :class:`~entropy_pl.callbacks.door.ProbeDoor`.
+        options: as for :class:`~entropy_pl.monitor.step_monitor.StepMonitor`.
 
     Raises:
         ValueError: at construction for an option out of range; when training begins if no policy, tokenizer or prompts
@@ -110,7 +110,7 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
             rendering = TrainerPrompts(trainer, args, processing_class, tokenizer)
             prompts = rendering.prompts(given, column)
             self._rendering = rendering.rendering
-            session = self.session_for(
+            run_probe = self.run_probe_for(
                 policy,
                 tokenizer,
                 prompts,
@@ -120,10 +120,12 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
                 self._sources(tokenizer, PromptRows(given, [prompt.text for prompt in prompts], column)),
                 [getattr(args, "generation_kwargs", None) or {}, args],
             )
-            session.warnings.extend(rendering.warnings)
-            watched = find_optimizers([optimizer], policy, self._optimizer, session.adapter.watches())
-            session.note_adapters([optimizer])
-            return Attachment(session, watched, self.directory(args), lambda: self._find_sinks(args, state, control))
+            run_probe.warnings.extend(rendering.warnings)
+            watched = find_optimizers([optimizer], policy, self._optimizer, run_probe.adapter.watches())
+            run_probe.note_adapters([optimizer])
+            return Attachment(
+                run_probe, watched, self.directory(args), lambda: self._find_run_loggers(args, state, control)
+            )
 
         self._attach(find)
         self._note_update_prompts(getattr(train_dataloader, "dataset", None), self._rendering)
@@ -179,12 +181,12 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
         return RunSources(self._update_batch, rewards, rewards_take_ids=True)
 
     def _update_batch(self) -> UpdateBatch:
-        trainer, session = self._trainer, self._session
+        trainer, run_probe = self._trainer, self._run_probe
         if trainer is None:
             raise ValueError("expected the trainer, got none: EntropyProbeTrainerCallback(..., trainer=trainer)")
-        if self._capture is None or session is None:
+        if self._capture is None or run_probe is None:
             raise ValueError(f"expected a trainer with {SCORING}, as TRL's GRPOTrainer, got {type(trainer).__name__}")
-        of_the_probe = session.probe.sampling_temperature
+        of_the_probe = run_probe.probe.sampling_temperature
         of_the_run = getattr(trainer, "temperature", of_the_probe)
         if of_the_probe != of_the_run:
             raise ValueError(
@@ -213,14 +215,16 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
     def _reward_key(self) -> str:
         return self._reward_metric.removeprefix("train/")
 
-    def _find_sinks(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> list[Sink]:
+    def _find_run_loggers(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> list[RunLogger]:
         if self._trainer is None:
-            return self._sinks_without_trainer(args)
-        sinks: list[Sink] = []
+            return self._run_loggers_without_trainer(args)
+        loggers: list[RunLogger] = []
         for callback in self._trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 if callback.tb_writer is not None:
-                    sinks.append(TensorBoardSink(callback.tb_writer, callback.tb_writer.log_dir))
+                    loggers.append(TensorBoardRunLogger(callback.tb_writer, callback.tb_writer.log_dir))
             elif type(callback).__name__ in WITH_A_CLOCK:
                 warnings.warn(
                     f"the probe's curves do not go to {type(callback).__name__}: it counts steps by what it is given "
@@ -228,10 +232,10 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
                     stacklevel=2,
                 )
             elif type(callback) in INTEGRATION_TO_CALLBACK.values():
-                sinks.append(ReporterSink(callback, args, state, control))
-        return sinks
+                loggers.append(ReporterRunLogger(callback, args, state, control))
+        return loggers
 
-    def _sinks_without_trainer(self, args: TrainingArguments) -> list[Sink]:
+    def _run_loggers_without_trainer(self, args: TrainingArguments) -> list[RunLogger]:
         others = [name for name in args.report_to or () if name not in ("tensorboard", "none")]
         if others:
             warnings.warn(
@@ -243,10 +247,10 @@ class EntropyProbeTrainerCallback(ProbeDoor, TrainerCallback):
             return []
         folder = self.directory(args) / "tensorboard"
         self._writer_of_our_own = SummaryWriter(log_dir=str(folder))
-        return [TensorBoardSink(self._writer_of_our_own, str(folder))]
+        return [TensorBoardRunLogger(self._writer_of_our_own, str(folder))]
 
 
-class ReporterSink(Sink):
+class ReporterRunLogger(RunLogger):
     """One of the Trainer's reporting callbacks, given the probe's numbers as it is given the Trainer's own."""
 
     def __init__(

@@ -121,7 +121,7 @@ def undocumented(thing: Any) -> set[str]:
 
 def documented_in_vain(thing: Any) -> set[str]:
     taken = set(inspect.signature(thing).parameters)
-    if inspect.isclass(thing):  # a door takes `options`, which its base class spells out
+    if inspect.isclass(thing):  # a callback takes `options`, which its base class spells out
         taken |= {"options"} if issubclass(thing, sources_of(thing)[-1]) else set()
     return {parameter.arg_name.lstrip("*") for parameter in parsed(thing).params} - taken
 

@@ -20,7 +20,8 @@ LAYERS = (  # the lowest first: a package imports from its own layer and from th
     ("groups", "policy_gradient", "attribution", "grpo"),
     ("probe",),
     ("reporting",),
-    ("callbacks", "configs", "measurements"),
+    ("monitor", "measurements"),
+    ("callbacks", "configs"),
     ("studies",),
     ("failures", "training", "offline", "report", "cli"),
 )

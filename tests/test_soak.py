@@ -25,10 +25,11 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from entropy_pl.callbacks import EntropyProbeCallback, door, sinks
-from entropy_pl.callbacks.session import ProbeSession
+from entropy_pl.callbacks import EntropyProbeCallback
 from entropy_pl.data.datamodule import PromptDataModule
 from entropy_pl.grpo import GRPOModule
+from entropy_pl.monitor import loggers, step_monitor
+from entropy_pl.monitor.run_probe import RunProbe
 from entropy_pl.objectives import register_reward
 from entropy_pl.policy import LoraSettings, PolicySettings
 from entropy_pl.reporting import read_records
@@ -101,9 +102,9 @@ def test_nothing_grows(tmp_path, tiny_policy_dir, monkeypatch, record_property):
     calls: Counter[str] = Counter()
     passes: list[int] = []
     seconds: list[float] = []  # of the CPU, for a probe, its record and its figures; other processes are not in it
-    measure, keep = ProbeSession.measure, door.ProbeDoor._keep
+    measure, keep = RunProbe.measure, step_monitor.StepMonitor._keep
 
-    def measured(self: ProbeSession, step: int, on_pass: Callable[[str], None]) -> Any:
+    def measured(self: RunProbe, step: int, on_pass: Callable[[str], None]) -> Any:
         took: Counter[str] = Counter()
         started = time.process_time()
         record = measure(self, step, counted(on_pass, took, "pass"))
@@ -111,15 +112,15 @@ def test_nothing_grows(tmp_path, tiny_policy_dir, monkeypatch, record_property):
         passes.append(took["pass"])
         return record
 
-    def kept(self: door.ProbeDoor, record: Any) -> None:
+    def kept(self: step_monitor.StepMonitor, record: Any) -> None:
         started = time.process_time()
         keep(self, record)
         seconds[-1] += time.process_time() - started
 
-    monkeypatch.setattr(ProbeSession, "measure", measured)
-    monkeypatch.setattr(door.ProbeDoor, "_keep", kept)
-    monkeypatch.setattr(door, "KEPT", KEPT)
-    for module in (door, sinks):
+    monkeypatch.setattr(RunProbe, "measure", measured)
+    monkeypatch.setattr(step_monitor.StepMonitor, "_keep", kept)
+    monkeypatch.setattr(step_monitor, "KEPT", KEPT)
+    for module in (step_monitor, loggers):
         monkeypatch.setattr(module, "read_records", counted(read_records, calls, "files read"))
 
     policy = PolicySettings(str(tiny_policy_dir), lora=LoraSettings(rank=4))

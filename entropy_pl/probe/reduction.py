@@ -27,8 +27,8 @@ from entropy_pl.estimators import (
     snis_delta_reward,
     symmetric_difference,
 )
-from entropy_pl.probe.doubts import doubts
 from entropy_pl.probe.result import Counterfactual, ProbeResult, SweepPoint, SymmetricPoint
+from entropy_pl.probe.result_warnings import warnings_of
 from entropy_pl.probe.scores import ProbeScores
 from entropy_pl.probe.settings import ProbeSettings
 from entropy_pl.probe.smoothness import judge_derivatives
@@ -124,7 +124,7 @@ def reduce_scores(settings: ProbeSettings, scores: ProbeScores, update: UpdateVe
         counterfactuals=_counterfactuals(scores, entropy, reward, scores.shifted.get(update.lr)),
         seconds=dict(scores.seconds),
         settings=settings.recorded | {"temperature": scores.temperature},
-        warnings=doubts(sweep, entropy.first, derivatives, scores, update.lr),
+        warnings=warnings_of(sweep, entropy.first, derivatives, scores, update.lr),
     )
 
 

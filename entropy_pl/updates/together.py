@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from entropy_pl.updates.steps import stepper_name, was_skipped, watch_steps
 
@@ -27,7 +28,7 @@ class StepsTogether:
         self,
         optimizers: Sequence[object],
         before: Callable[[], object],
-        each: Callable[[object], object],
+        each: Callable[[Any], object],
         after: Callable[[bool], object],
         spoilt: Callable[[], object],
     ) -> None:

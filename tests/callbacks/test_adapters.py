@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import build_model, build_tokenizer
 from torch import nn
 
-import entropy_pl.callbacks.session as session_module
 from entropy_pl.callbacks import EntropyProbeCallback
+from entropy_pl.monitor import run_probe
 
 PROMPTS = [f"{a}*{b}=" for a in range(4) for b in range(4)]
 ACTOR, CRITIC = "default", "critic"
@@ -80,7 +80,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
     """What is active when E is drawn, and the updates that are measured."""
     active: list[Any] = []
     updates: list[Any] = []
-    draw, collect = session_module.sample_completions, session_module.EntropyProbe.collect
+    draw, collect = run_probe.sample_completions, run_probe.EntropyProbe.collect
 
     def drawing(model: Any, *args: Any, **options: Any) -> Any:
         active.append((model.active_adapter, model.base_model.active_adapters))
@@ -91,8 +91,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
         active.append((model.active_adapter, model.base_model.active_adapters))
         return collect(self, model, rollout, update, **options)
 
-    monkeypatch.setattr(session_module, "sample_completions", drawing)
-    monkeypatch.setattr(session_module.EntropyProbe, "collect", collecting)
+    monkeypatch.setattr(run_probe, "sample_completions", drawing)
+    monkeypatch.setattr(run_probe.EntropyProbe, "collect", collecting)
     return active, updates
 
 

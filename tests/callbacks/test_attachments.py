@@ -17,9 +17,9 @@ from tiny import build_model, build_tokenizer
 from torch import nn
 from transformers import GenerationConfig
 
-from entropy_pl.callbacks.attach import refuse_sharded, truncated_sampling
-from entropy_pl.callbacks.prompts import count_common, prompt_texts
-from entropy_pl.callbacks.rendering import Rendering
+from entropy_pl.monitor.discovery import refuse_sharded, truncated_sampling
+from entropy_pl.monitor.prompts import count_common, prompt_texts
+from entropy_pl.monitor.rendering import Rendering
 
 LARGER = build_tokenizer("".join(map(chr, range(256, 400))) + "0123456789+=")  # than the policy's vocabulary
 

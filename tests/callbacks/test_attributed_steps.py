@@ -266,9 +266,9 @@ def test_the_run_does_not_notice(tmp_path):
 def test_rewards_are_those_of_the_completions(tmp_path, monkeypatch):
     """J of the record is the mean reward of the very completions E was drawn as, rewarded by hand."""
     drawn: dict[str, Any] = {}
-    original = EntropyProbeCallback.session_for
+    original = EntropyProbeCallback.run_probe_for
 
-    def session_for(self: Any, *args: Any, **options: Any) -> Any:
+    def run_probe_for(self: Any, *args: Any, **options: Any) -> Any:
         session = original(self, *args, **options)
         collect = type(session.probe).collect
 
@@ -280,7 +280,7 @@ def test_rewards_are_those_of_the_completions(tmp_path, monkeypatch):
         monkeypatch.setattr(type(session.probe), "collect", collected)
         return session
 
-    monkeypatch.setattr(EntropyProbeCallback, "session_for", session_for)
+    monkeypatch.setattr(EntropyProbeCallback, "run_probe_for", run_probe_for)
     callback = probe(every_n_steps=10)
     fit(grpo(), tmp_path, callback, steps=1)
     tokenizer = build_tokenizer()
@@ -462,8 +462,8 @@ def test_a_skipped_step_shows_nothing_of_another(tmp_path):
 
     class Skipping(EntropyProbeCallback):
         def _measure(self, step: int) -> Any:
-            session_of.append(self._session)
-            return super()._measure(step) if step == 0 else self._session.skipped(step)
+            session_of.append(self._run_probe)
+            return super()._measure(step) if step == 0 else self._run_probe.skipped(step)
 
     callback = Skipping(num_sequences=12, every_n_steps=1, eta_multipliers=())
     trainer = fit(grpo(), tmp_path, callback, steps=2)

@@ -156,7 +156,7 @@ def test_prompts_are_fixed_or_drawn_anew(tmp_path):
     callback = probe()
     fit(ForeignModule(), tmp_path, callback, steps=1)
     again = probe(resample_prompts=True)
-    sessions = [c.session_for(ForeignModule().policy, build_tokenizer(), PROMPTS, 1.0, 5) for c in (callback, again)]
+    sessions = [c.run_probe_for(ForeignModule().policy, build_tokenizer(), PROMPTS, 1.0, 5) for c in (callback, again)]
     fixed, drawn = ([s.e_prompts(step) for step in (0, 2, 2)] for s in sessions)
     assert fixed[0] == fixed[1] == fixed[2]
     assert drawn[0] != drawn[1]

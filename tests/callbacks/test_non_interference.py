@@ -29,7 +29,7 @@ PROMPTS = [f"{a}+{b}=" for a in range(6) for b in range(6)]
 STEPS = 4
 
 AXES: dict[str, tuple[Any, ...]] = {
-    "door": ("automatic", "manual", "grpo"),
+    "trainer": ("automatic", "manual", "grpo"),
     "optimizer": ("sgd", "adamw", "fused", "adamw8bit"),
     "policy": ("full", "lora", "qlora"),
     "precision": ("32", "bf16", "fp16"),
@@ -58,7 +58,7 @@ CASES = [
 
 def is_possible(case: Mapping[str, Any]) -> bool:
     """Whether the libraries allow these values together."""
-    if case["door"] == "grpo":  # Accelerate has no fp16 on a CPU, and the Trainer clips by norm
+    if case["trainer"] == "grpo":  # Accelerate has no fp16 on a CPU, and the Trainer clips by norm
         possible = case["precision"] != "fp16" and case["clip"] != "value"
     else:  # Lightning's mixed precision does not clip for an optimizer that unscales by itself
         possible = case["optimizer"] != "fused" or case["precision"] == "32" or case["clip"] == "none"
@@ -164,9 +164,9 @@ def trace(model: nn.Module, optimizer: Any, gradients: list[torch.Tensor], **fac
 class Run(LightningModule):
     """Supervised steps, automatic or manual, drawing from every random stream as they go."""
 
-    def __init__(self, door: str, optimizer: str, policy: nn.Module, clip: str, accumulate: int) -> None:
+    def __init__(self, trainer_kind: str, optimizer: str, policy: nn.Module, clip: str, accumulate: int) -> None:
         super().__init__()
-        self.automatic_optimization = door == "automatic"
+        self.automatic_optimization = trainer_kind == "automatic"
         self.policy, self.tokenizer = policy, build_tokenizer()
         self._kind, self._clip, self._accumulate = optimizer, clip, accumulate
         self.batches: list[Any] = []
@@ -219,11 +219,11 @@ def lightning_run(case: Mapping[str, Any], folder: Path, with_probe: bool) -> tu
     if case["extra"] == "compiled":
         torch._dynamo.reset()
         policy = torch.compile(policy, backend="eager")
-    module = Run(case["door"], case["optimizer"], policy, case["clip"], case["accumulate"])
+    module = Run(case["trainer"], case["optimizer"], policy, case["clip"], case["accumulate"])
     plugins, precision = [], {"32": "32-true", "bf16": "bf16-mixed", "fp16": None}[case["precision"]]
     if precision is None:
         plugins = [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**8))]
-    automatic = case["door"] == "automatic"
+    automatic = case["trainer"] == "automatic"
     probe = EntropyProbeCallback(PROMPTS, num_sequences=12, every_n_steps=1, max_new_tokens=5, eta_multipliers=())
     trainer = Trainer(
         max_steps=STEPS,
@@ -328,7 +328,7 @@ def grpo_run(case: Mapping[str, Any], folder: Path, with_probe: bool) -> tuple[T
 @pytest.mark.parametrize("values", CASES, ids=lambda values: "-".join(map(str, values)))
 def test_the_run_is_the_same_with_and_without(tmp_path, values):
     case = dict(zip(AXES, values, strict=True))
-    run = grpo_run if case["door"] == "grpo" else lightning_run
+    run = grpo_run if case["trainer"] == "grpo" else lightning_run
     plain, none = run(case, tmp_path, with_probe=False)
     probed, records = run(case, tmp_path, with_probe=True)
     assert not none

@@ -15,7 +15,7 @@ from tiny import build_model, build_tokenizer
 from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
-import entropy_pl.callbacks.session as session_module
+from entropy_pl.monitor import run_probe
 
 
 def longrope() -> nn.Module:
@@ -65,13 +65,13 @@ def records(policy: nn.Module, folder: Path, **options: Any) -> list[dict[str, A
 def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every E-batch that is drawn."""
     drawn: list[int] = []
-    draw = session_module.sample_completions
+    draw = run_probe.sample_completions
 
     def counting(*args: Any, **options: Any) -> Any:
         drawn.append(len(args[2]))
         return draw(*args, **options)
 
-    monkeypatch.setattr(session_module, "sample_completions", counting)
+    monkeypatch.setattr(run_probe, "sample_completions", counting)
     return drawn
 
 
@@ -94,9 +94,9 @@ def test_two_policies_are_refused_without_drawing_again(tmp_path, draws, build, 
 
 
 def test_of_an_e_batch_drawn_by_something_else_nothing_is_said(tmp_path, monkeypatch):
-    draw = session_module.sample_completions
+    draw = run_probe.sample_completions
     monkeypatch.setattr(
-        session_module,
+        run_probe,
         "sample_completions",
         lambda *args, generated=None, **options: draw(*args, **options),
     )

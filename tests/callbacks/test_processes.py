@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import AutoModelForCausalLM
 
 from entropy_pl import EntropyProbe, Rollout, UpdateVector, sample_completions
-from entropy_pl.callbacks.attach import find_policy, refuse_sharded
-from entropy_pl.callbacks.door import NOT_COMPARED
+from entropy_pl.monitor.discovery import find_policy, refuse_sharded
+from entropy_pl.monitor.step_monitor import NOT_COMPARED
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.probe.memory import LESS_MEMORY
 from entropy_pl.reporting import read_records

@@ -10,9 +10,9 @@ from datasets import Dataset, DatasetDict
 from foreign import ForeignModule, fit, probe
 from tiny import build_tokenizer, with_special_tokens
 
-from entropy_pl.callbacks import session
-from entropy_pl.callbacks.prompts import count_common, find_prompts, prompt_texts
-from entropy_pl.callbacks.rendering import Rendering
+from entropy_pl.monitor import run_probe
+from entropy_pl.monitor.prompts import count_common, find_prompts, prompt_texts
+from entropy_pl.monitor.rendering import Rendering
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"  # as Zephyr's: no BOS in it
 TEMPLATE = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -67,7 +67,7 @@ def test_a_lightning_runs_e_batch_begins_with_those_tokens(tmp_path, monkeypatch
             self.tokenizer = tokenizer_with(TEMPLATE, "$A <eos>")
 
     begun: list[str] = []
-    draw = session.sample_completions
+    draw = run_probe.sample_completions
 
     def noted(*args: Any, **options: Any) -> Any:
         rollout = draw(*args, **options)
@@ -75,7 +75,7 @@ def test_a_lightning_runs_e_batch_begins_with_those_tokens(tmp_path, monkeypatch
         begun.extend(args[1].decode(ids[mask]) for ids, mask in rows)
         return rollout
 
-    monkeypatch.setattr(session, "sample_completions", noted)
+    monkeypatch.setattr(run_probe, "sample_completions", noted)
     chats = [chat(f"{a}+{b}=") for a in range(4) for b in range(4)]
     callback = probe(prompts=Dataset.from_dict({"prompt": chats, "answer": [1] * 16}), every_n_steps=1, reward=lengths)
     fit(Chatting(), tmp_path, callback, steps=2)  # the first one's learning rate is 0

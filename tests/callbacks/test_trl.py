@@ -106,9 +106,9 @@ class Reporter(TrainerCallback):
 
 
 def test_other_reporters_get_the_numbers_too(tmp_path, monkeypatch):
-    from entropy_pl.callbacks import trl as door
+    from entropy_pl.callbacks import trl as adapter
 
-    monkeypatch.setitem(door.INTEGRATION_TO_CALLBACK, "test", Reporter)
+    monkeypatch.setitem(adapter.INTEGRATION_TO_CALLBACK, "test", Reporter)
     trainer, reporter = grpo_trainer(tmp_path, report_to=[]), Reporter()
     trainer.add_callback(reporter)
     callback = probe(trainer)
@@ -239,12 +239,12 @@ def test_the_reward_is_the_mean_of_the_steps_generations(tmp_path):
 
 
 def test_a_reporter_that_counts_what_it_logs_is_left_alone(tmp_path, monkeypatch):
-    from entropy_pl.callbacks import trl as door
+    from entropy_pl.callbacks import trl as adapter
 
     class DVCLiveCallback(Reporter):
         """Like DVCLive's: each call is a step to it."""
 
-    monkeypatch.setitem(door.INTEGRATION_TO_CALLBACK, "dvclive", DVCLiveCallback)
+    monkeypatch.setitem(adapter.INTEGRATION_TO_CALLBACK, "dvclive", DVCLiveCallback)
     trainer, reporter = grpo_trainer(tmp_path, report_to=[], max_steps=2), DVCLiveCallback()
     trainer.add_callback(reporter)
     probe(trainer)
@@ -256,13 +256,13 @@ def test_a_reporter_that_counts_what_it_logs_is_left_alone(tmp_path, monkeypatch
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_what_the_launcher_shards_is_refused(tmp_path, monkeypatch, kind):
     """As after `accelerate config`: the arguments know nothing of it."""
-    from entropy_pl.callbacks import trl as door
+    from entropy_pl.callbacks import trl as adapter
 
     class State:
         _shared_state: ClassVar[Any] = {"distributed_type": kind}
         distributed_type = kind
 
-    monkeypatch.setattr(door, "AcceleratorState", State)
+    monkeypatch.setattr(adapter, "AcceleratorState", State)
     trainer = grpo_trainer(tmp_path, report_to=[])
     probe(trainer)
     with pytest.raises(ValueError, match=rf"hold the whole policy, got {kind.value}: "):

@@ -17,10 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl_runs import EVALUATED, LEARNT, grpo_trainer, probe
 
 from entropy_pl.attribution import UpdateBatch
-from entropy_pl.callbacks.prompts import PromptRows, prompt_texts
 from entropy_pl.callbacks.trl import EntropyProbeTrainerCallback
-from entropy_pl.callbacks.trl_batch import StepCapture
-from entropy_pl.callbacks.trl_rewards import TrainerRewards
+from entropy_pl.monitor.prompts import PromptRows, prompt_texts
+from entropy_pl.monitor.trl_batch import StepCapture
+from entropy_pl.monitor.trl_rewards import TrainerRewards
 from entropy_pl.policy_gradient import TrainingBatch
 
 LIMIT = 0.05  # of the gradient's norm; without it, the steps below have 0.1 to 1

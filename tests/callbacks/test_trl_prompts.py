@@ -12,9 +12,9 @@ from datasets import Dataset
 from tiny import build_tokenizer, with_special_tokens
 from trl_runs import EVALUATED, LEARNT, grpo_trainer
 
-from entropy_pl.callbacks import session
 from entropy_pl.callbacks.trl import EntropyProbeTrainerCallback
-from entropy_pl.callbacks.trl_prompts import TrainerPrompts
+from entropy_pl.monitor import run_probe
+from entropy_pl.monitor.trl_prompts import TrainerPrompts
 
 QUICK = {"report_to": [], "max_steps": 1, "bf16": False}
 TEMPLATE = (
@@ -56,7 +56,7 @@ def begun_with(trainer: Any, prompts: Any, monkeypatch: Any, **options: Any) -> 
     callback = EntropyProbeTrainerCallback(prompts, **(settings | options))
     trainer.add_callback(callback)
     of_the_run, of_the_probe = set(), set()
-    draw, loss = session.sample_completions, trainer.compute_loss
+    draw, loss = run_probe.sample_completions, trainer.compute_loss
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         rollout = draw(*args, **kwargs)
@@ -69,7 +69,7 @@ def begun_with(trainer: Any, prompts: Any, monkeypatch: Any, **options: Any) -> 
         of_the_run.update(tuple(ids[mask].tolist()) for ids, mask in rows)
         return loss(model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(session, "sample_completions", noted)
+    monkeypatch.setattr(run_probe, "sample_completions", noted)
     trainer.compute_loss = compute_loss
     trainer.train()
     [record] = callback.records

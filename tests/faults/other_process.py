@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from entropy_pl.callbacks.session import ProbeSession
+from entropy_pl.monitor.run_probe import RunProbe
 
 DEADLINE = 120.0  # seconds; a forked process is there at once, but the machine may be busy
 if not hasattr(os, "fork"):
@@ -123,9 +123,9 @@ def _run(work: Callable[[Announce], Any], reached: int, released: int, terminal:
 
 def stop_within_probe(monkeypatch: pytest.MonkeyPatch, step: int, after: str | None, announce: Announce) -> None:
     """Announce in the midst of a model pass of one step's probe: the first pass, or the first after a phase."""
-    measure = ProbeSession.measure
+    measure = RunProbe.measure
 
-    def measured(self: ProbeSession, at: int, on_pass: Callable[[str], None] = lambda phase: None) -> Any:
+    def measured(self: RunProbe, at: int, on_pass: Callable[[str], None] = lambda phase: None) -> Any:
         over: list[str | None] = [None]
 
         def noted(phase: str) -> None:
@@ -144,4 +144,4 @@ def stop_within_probe(monkeypatch: pytest.MonkeyPatch, step: int, after: str | N
         finally:
             handle.remove()
 
-    monkeypatch.setattr(ProbeSession, "measure", measured)
+    monkeypatch.setattr(RunProbe, "measure", measured)

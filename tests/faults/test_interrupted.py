@@ -19,8 +19,8 @@ from tiny import build_model
 from trl_runs import Keeper, grpo_trainer
 from trl_runs import probe as trl_probe
 
-from entropy_pl.callbacks import door
-from entropy_pl.callbacks.session import ProbeSession
+from entropy_pl.monitor import step_monitor
+from entropy_pl.monitor.run_probe import RunProbe
 from entropy_pl.peers import Peers
 from entropy_pl.reporting import read_records
 from entropy_pl.reporting import records as writing
@@ -47,7 +47,7 @@ def stop_at(point: str, monkeypatch: pytest.MonkeyPatch, announce: Announce) -> 
     if point == "writing":
         monkeypatch.setattr(writing.os, "fsync", once(os.fsync))
     else:
-        monkeypatch.setattr(door, "publish", once(door.publish))
+        monkeypatch.setattr(step_monitor, "publish", once(step_monitor.publish))
 
 
 @pytest.mark.parametrize("point", [*WITHIN, "writing", "logging"])
@@ -90,12 +90,12 @@ def test_an_interrupt_in_a_run_of_several_processes(tmp_path, monkeypatch):
         def on_exception(self, trainer: Trainer, *_: Any) -> None:
             counted.append(trainer.global_step)
 
-    def interrupted(self: ProbeSession, *_: Any) -> None:
+    def interrupted(self: RunProbe, *_: Any) -> None:
         self.peers = Peers(rank=0, size=2)
         raise Interrupt
 
     counted: list[int] = []
-    monkeypatch.setattr(ProbeSession, "measure", interrupted)
+    monkeypatch.setattr(RunProbe, "measure", interrupted)
     with pytest.raises(Interrupt):
         run(tmp_path, Counts())
     assert counted == [0]  # Lightning, which counts a step once it is over, had no chance to wait for anybody

@@ -556,7 +556,7 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "an attribution by a gradient that is not the forward pass's",
         ),
     ],
-    "entropy_pl/probe/doubts.py": [
+    "entropy_pl/probe/result_warnings.py": [
         ("limit = math.sqrt(-math.log(TRUSTED_ESS)) / spread", "limit = spread", "the step size advised: upside down"),
     ],
     # ----------------------------------------------------------------------------------------------- attribution
@@ -679,14 +679,14 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
         ),
     ],
     # ------------------------------------------------------------------------------- when not to believe it
-    "callbacks/rendering.py": [
+    "entropy_pl/monitor/rendering.py": [
         (
             "self.tokenizer(rendered, add_special_tokens=False)",
             "self.tokenizer(rendered)",
             "chats get the tokenizer's special tokens as well",
         ),
     ],
-    "callbacks/trl_prompts.py": [
+    "entropy_pl/monitor/trl_prompts.py": [
         (
             "Prompt(prompt.text, ids[place])",
             "Prompt(prompt.text, prompt.ids)",
@@ -805,7 +805,7 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
         ("return self.completion_mask.sum(1)", "return self.completion_mask.sum(1) - 1", "lengths without the EOS"),
         ("temperature=temperatures.pop())", "temperature=1.0)", "batches put together forget their temperature"),
     ],
-    "callbacks/door.py": [
+    "entropy_pl/monitor/step_monitor.py": [
         ("step % self.every_n_steps == 0", "(step + 1) % self.every_n_steps == 0", "probed steps counted from 1"),
     ],
 }
@@ -855,7 +855,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/test_probe_baselines.py",
     ),
     "entropy_pl/probe/smoothness.py": ("tests/test_smoothness.py",),
-    "entropy_pl/probe/doubts.py": ("tests/faults/test_collapse.py",),
+    "entropy_pl/probe/result_warnings.py": ("tests/faults/test_collapse.py",),
     "entropy_pl/probe/scores.py": ("tests/test_smoothness.py", "tests/test_probe.py", "tests/test_probe_baselines.py"),
     "entropy_pl/attribution/influence.py": (f"{ATTRIBUTION}/test_influence.py", ATTRIBUTION),
     "entropy_pl/attribution/errors.py": (f"{ATTRIBUTION}/test_errors.py", ATTRIBUTION),
@@ -865,9 +865,9 @@ TESTS: dict[str, tuple[str, ...]] = {
     "entropy_pl/objectives/losses.py": (f"{OBJECTIVES}/test_losses.py",),
     "entropy_pl/objectives/covariance.py": (f"{OBJECTIVES}/test_covariance.py",),
     "entropy_pl/rollout.py": ("tests/test_rollout.py", "tests/policy/test_score.py"),
-    "callbacks/door.py": ("tests/callbacks/test_entropy_probe.py",),
-    "callbacks/rendering.py": ("tests/callbacks/test_rendering.py",),
-    "callbacks/trl_prompts.py": ("tests/callbacks/test_trl_prompts.py",),
+    "entropy_pl/monitor/step_monitor.py": ("tests/callbacks/test_entropy_probe.py",),
+    "entropy_pl/monitor/rendering.py": ("tests/callbacks/test_rendering.py",),
+    "entropy_pl/monitor/trl_prompts.py": ("tests/callbacks/test_trl_prompts.py",),
     "entropy_pl/policy/vocabulary.py": ("tests/policy/test_vocabulary.py",),
     "entropy_pl/policy/wrapper.py": ("tests/policy/test_wrapper.py",),
     "entropy_pl/policy/positions.py": ("tests/policy/test_positions.py",),

@@ -23,7 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from entropy_pl.callbacks.attach import find_policy
+from entropy_pl.monitor.discovery import find_policy
 from entropy_pl.probe import EntropyProbe
 
 SIZES = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

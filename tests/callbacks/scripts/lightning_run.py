@@ -66,7 +66,8 @@ def take_part(rank: int, folder: Path, options: dict[str, Any]) -> dict[str, Any
     module = (Apart if options.get("apart") else Run)()
     callbacks: list[Any] = []
     if options["probe"] is not None:
-        from entropy_pl.callbacks import EntropyProbeCallback, session
+        from entropy_pl.callbacks import EntropyProbeCallback
+        from entropy_pl.monitor import run_probe
 
         fails = options.get("fails") or [None, None]
         prompts = [] if fails == ["start", rank] else PROMPTS
@@ -78,18 +79,18 @@ def take_part(rank: int, folder: Path, options: dict[str, Any]) -> dict[str, Any
                     raise torch.OutOfMemoryError("no room for this rank's snapshot")
                 keep(self, moments)
 
-            keep = session.UpdateRecorder.snapshot
-            session.UpdateRecorder.snapshot = snapshot
+            keep = run_probe.UpdateRecorder.snapshot
+            run_probe.UpdateRecorder.snapshot = snapshot
         elif isinstance(fails[0], int):
             failing, step = fails
-            draw = session.sample_completions
+            draw = run_probe.sample_completions
 
             def sample(*args: Any, **kwargs: Any) -> Any:
                 if rank == failing and module.global_step == step:
                     raise torch.OutOfMemoryError("no room for this rank's keys and values")
                 return draw(*args, **kwargs)
 
-            session.sample_completions = sample
+            run_probe.sample_completions = sample
     trainer = Trainer(
         max_steps=options.get("steps", 2),
         accelerator="cpu",

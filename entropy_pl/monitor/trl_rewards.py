@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_pl.callbacks.prompts import PromptRows, is_chat
+from entropy_pl.monitor.prompts import PromptRows, is_chat
 from entropy_pl.policy.rng import isolated_rng
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from entropy_pl.callbacks.attach import find_tokenizer
-from entropy_pl.callbacks.prompts import DEFAULT_COLUMN, prompts_in, row_of
-from entropy_pl.callbacks.rendering import Prompt, Rendering
+from entropy_pl.monitor.discovery import find_tokenizer
+from entropy_pl.monitor.prompts import DEFAULT_COLUMN, prompts_in, row_of
+from entropy_pl.monitor.rendering import Prompt, Rendering
 from entropy_pl.policy.rng import isolated_rng
 
 ENCODING = "_tokenize_prompts"
@@ -57,11 +57,11 @@ class TrainerPrompts:
         """Texts and tokens. A text is without what an environment adds to it.
 
         Args:
-            given: as for :func:`entropy_pl.callbacks.prompts.prompts_in`, a file read.
+            given: as for :func:`entropy_pl.monitor.prompts.prompts_in`, a file read.
             column: of a dataset, or of rows.
 
         Raises:
-            ValueError: as :meth:`entropy_pl.callbacks.rendering.Rendering.prompts`, or for prompts with images, or if
+            ValueError: as :meth:`entropy_pl.monitor.rendering.Rendering.prompts`, or for prompts with images, or if
                 the trainer's way to render them loses what they say.
         """
         # a dataset may transform its rows at random, an environment may draw: in every process, and if resumed, alike

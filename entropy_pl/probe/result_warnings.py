@@ -14,7 +14,7 @@ from entropy_pl.probe.smoothness import Derivatives
 LARGE_ERROR = 0.1  # of a difference, as a share of max(|δH₁|, its standard error)
 
 
-def doubts(
+def warnings_of(
     sweep: Sequence[SweepPoint], first: EntropyChange, derivatives: Derivatives, scores: ProbeScores, lr: float
 ) -> tuple[str, ...]:
     """Why some of the probe's numbers must not be believed, or are withheld; the gravest first.

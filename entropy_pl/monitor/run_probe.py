@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from entropy_pl.attribution import UpdateBatch, counterfactual_update
-from entropy_pl.callbacks.prompts import Prompt, fingerprint
-from entropy_pl.callbacks.sources import RunSources
+from entropy_pl.monitor.prompts import Prompt, fingerprint
+from entropy_pl.monitor.sources import RunSources
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.generated import GeneratedLogProbs
 from entropy_pl.policy.measured_adapter import MeasuredAdapter
@@ -59,7 +59,7 @@ SAME_STEP = 1e-6  # relative to the norms: rounding of float32 is 1e-7, another 
 
 
 @dataclass
-class ProbeSession:
+class RunProbe:
     """Probes single optimizer steps of a run and leaves no trace in it.
 
     The E-batch is drawn from the parameters of before the step, put back for the time of the probe. Random streams,

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from entropy_pl.callbacks.rendering import Prompt, Rendering, is_chat
+from entropy_pl.monitor.rendering import Prompt, Rendering, is_chat
 from entropy_pl.policy.rng import isolated_rng
 
 __all__ = [

@@ -41,7 +41,7 @@ ATTRIBUTION_FOLDER = "attribution"
 CAUTIONS = 10  # warnings under the closing table; the records and the report have all of them
 
 
-class Sink:
+class RunLogger:
     """One of the run's loggers, which takes numbers and need not take more."""
 
     tensorboard: str | None = None
@@ -61,7 +61,7 @@ class Sink:
         """Log a text, where the logger takes texts."""
 
 
-class TensorBoardSink(Sink):
+class TensorBoardRunLogger(RunLogger):
     """A TensorBoard writer, whoever owns it.
 
     Args:
@@ -91,12 +91,12 @@ class TensorBoardSink(Sink):
         self._writer.add_text(tag, text, step)
 
 
-def publish(record: Record, sinks: Sequence[Sink], tokens: AttributedTokens | None, folder: Path) -> None:
+def publish(record: Record, loggers: Sequence[RunLogger], tokens: AttributedTokens | None, folder: Path) -> None:
     """Log a record's scalars and pictures, and write what was attributed beside the records; what fails is warned of.
 
     Args:
         record: of one probe.
-        sinks: the run's loggers.
+        loggers: the run's loggers.
         tokens: what every token did, where that is known.
         folder: of the records.
     """
@@ -116,14 +116,14 @@ def publish(record: Record, sinks: Sequence[Sink], tokens: AttributedTokens | No
         figures |= {f"{ATTRIBUTION_TAG}{tag}": partial(draw, tokens) for tag, draw in drawings.items()}
         with whatever_happens(f"write the attributed tokens of step {step}"):
             _write_tokens(tokens, folder / ATTRIBUTION_FOLDER / f"step_{step:06d}")
-    for sink in sinks:
+    for logger in loggers:
         with whatever_happens(f"log the probe of step {step}"):
             if values:
-                sink.scalars(values, step)
+                logger.scalars(values, step)
             for tag, draw in figures.items():
-                sink.figure(tag, draw, step)
+                logger.figure(tag, draw, step)
             if record.get("warnings"):
-                sink.text(WARNINGS, "\n\n".join(record["warnings"]), step)
+                logger.text(WARNINGS, "\n\n".join(record["warnings"]), step)
 
 
 def _write_tokens(tokens: AttributedTokens, name: Path) -> None:
@@ -156,7 +156,7 @@ def _at(steps: Sequence[int | None]) -> str:
     return f"(step{'s' if len(steps) > 1 else ''} {shown}) "
 
 
-def summarize(records_path: Path, sinks: Sequence[Sink]) -> None:
+def summarize(records_path: Path, loggers: Sequence[RunLogger]) -> None:
     """Draw the run's figures beside its records, print its table, and say where everything lies."""
     records = latest_per_step([r for r in read_records(records_path) if isinstance(r.get("step"), int)])
     drawings = {"delta_entropy": delta_entropy_figure}
@@ -178,7 +178,9 @@ def summarize(records_path: Path, sinks: Sequence[Sink]) -> None:
     lines += [f"records  {records_path}", *(f"figure   {path}" for path in pictures)]
     pages = sorted((records_path.parent / ATTRIBUTION_FOLDER).glob("step_*.html"))
     lines += [f"tokens   {pages[-1]}" + (f" and {len(pages) - 1} more" if len(pages) > 1 else "")] if pages else []
-    lines += [f"curves   tensorboard --logdir {sink.tensorboard}" for sink in sinks if sink.tensorboard is not None]
+    lines += [
+        f"curves   tensorboard --logdir {logger.tensorboard}" for logger in loggers if logger.tensorboard is not None
+    ]
     run = records_path.parent.parent if records_path.parent.name == "entropy_probe" else records_path.parent
     lines.append(f"report   entropy-pl report {shlex.quote(str(run))}")
     console.print("\n".join(lines), highlight=False, markup=False)

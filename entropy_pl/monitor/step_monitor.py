@@ -1,4 +1,4 @@
-"""What every door to the probe has in common: its options, the count of steps, and where records go."""
+"""What the adapters of all trainers have in common: the probe's options, the count of steps, and where records go."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any, Literal
 from torch import nn
 from tqdm import tqdm
 
-from entropy_pl.callbacks.attach import check_which, truncated_sampling
-from entropy_pl.callbacks.prompts import DEFAULT_COLUMN, count_common
-from entropy_pl.callbacks.rendering import Prompt, Rendering
-from entropy_pl.callbacks.session import ProbeSession, check_numbers
-from entropy_pl.callbacks.sinks import Sink, publish, summarize, whatever_happens
-from entropy_pl.callbacks.sources import RunSources
 from entropy_pl.estimators import Baseline
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
+from entropy_pl.monitor.discovery import check_which, truncated_sampling
+from entropy_pl.monitor.loggers import RunLogger, publish, summarize, whatever_happens
+from entropy_pl.monitor.prompts import DEFAULT_COLUMN, count_common
+from entropy_pl.monitor.rendering import Prompt, Rendering
+from entropy_pl.monitor.run_probe import RunProbe, check_numbers
+from entropy_pl.monitor.sources import RunSources
 from entropy_pl.peers import ALONE, Peers
 from entropy_pl.policy.tangents import Method
 from entropy_pl.policy.vocabulary import foreign_tokenizer
@@ -46,22 +46,22 @@ NOT_COMPARED = ("seconds", "memory", "overhead", "sampler_gap")
 
 @dataclass(frozen=True)
 class Attachment:
-    """What a door has found in its run.
+    """What an adapter has found in its run.
 
     Args:
-        session: the probing of it.
+        run_probe: the probing of it.
         optimizers: to be watched; their steps, one after another, are one step.
         directory: for records and figures.
-        sinks: makes the run's loggers; called in the first process alone.
+        loggers: makes the run's loggers; called in the first process alone.
     """
 
-    session: ProbeSession
+    run_probe: RunProbe
     optimizers: Sequence[Any]
     directory: Path
-    sinks: Callable[[], Sequence[Sink]]
+    loggers: Callable[[], Sequence[RunLogger]]
 
 
-class ProbeDoor:
+class StepMonitor:
     """Measures the entropy change of single optimizer steps, beside its first-order prediction.
 
     Probed are optimizer steps n with n % every_n_steps == 0, counting from 0. The run is not changed by a bit: the
@@ -215,7 +215,7 @@ class ProbeDoor:
         self._reward_metric = reward_metric
         self._output_directory = output_directory
         self._progress_bar = progress_bar
-        self._session: ProbeSession | None = None
+        self._run_probe: RunProbe | None = None
         self._watched: Sequence[Any] = ()  # the optimizers, and the handle by which their steps are seen
         self._handle: StepsTogether | None = None
         self._writer: RecordWriter | None = None  # of the one process that writes
@@ -223,7 +223,7 @@ class ProbeDoor:
         self._unwritten: list[Record] = []
         self._history: list[Record] = []  # of every probe of the run what theories are compared by
         self._interruption: BaseException | None = None
-        self._sinks: list[Sink] = []
+        self._run_loggers: list[RunLogger] = []
         self._step: int | None = None  # of the watched optimizers, the next one, counted from 0
         self._attempted: set[int] = set()  # whose step has begun, of the step that has not ended
         self._unsettled: Record | None = None  # of a step measured, while its training step goes on
@@ -235,7 +235,7 @@ class ProbeDoor:
         """Whether optimizer step ``step``, counted from 0, is probed; override for another schedule."""
         return self.every_n_steps > 0 and step % self.every_n_steps == 0
 
-    def session_for(
+    def run_probe_for(
         self,
         policy: nn.Module,
         tokenizer: Any,
@@ -245,21 +245,21 @@ class ProbeDoor:
         peers: Peers = ALONE,
         sources: RunSources | None = None,
         sampling: Sequence[Any] = (),
-    ) -> ProbeSession:
+    ) -> RunProbe:
         """The probing of one run; ``temperature`` and ``max_new_tokens`` are the run's, used where none was given.
 
         So are the ``sources``' rewards. ``sampling`` may have options by which the run samples from a truncated
-        distribution (:func:`entropy_pl.callbacks.attach.truncated_sampling`).
+        distribution (:func:`entropy_pl.monitor.discovery.truncated_sampling`).
 
         Raises:
             ValueError: if the options do not fit the prompts, or the prompts the policy (Lightning's
-                MisconfigurationException from Lightning's door).
+                MisconfigurationException in a Lightning run).
         """
         temperatures = (self._temperature, temperature, 1.0)
         sources = RunSources() if sources is None else sources
         with self._refusing():
             probe = EntropyProbe(**self._options, temperature=next(t for t in temperatures if t is not None))
-            session = ProbeSession(
+            run_probe = RunProbe(
                 policy,
                 tokenizer,
                 Rendering(tokenizer).encoded(prompts),
@@ -273,15 +273,15 @@ class ProbeDoor:
                 **self._sampling,
             )
             doubts = (foreign_tokenizer(policy, tokenizer), truncated_sampling(sampling, probe.sampling_temperature))
-            session.warnings.extend(doubt for doubt in doubts if doubt is not None)
-            return session
+            run_probe.warnings.extend(doubt for doubt in doubts if doubt is not None)
+            return run_probe
 
     @property
     def records_path(self) -> Path | None:
         """File of the run's records; None before the run, with the probe off, and in all processes but the first."""
         return None if self._writer is None else self._writer.path
 
-    # ------------------------------------------------------------------------------------------ for the doors to call
+    # --------------------------------------------------------------------------------------- for the adapters to call
 
     def _attach(self, find: Callable[[Peers], Attachment]) -> None:
         """A run begins: find what the probe needs in it and watch its steps, in all processes or in none."""
@@ -298,12 +298,12 @@ class ProbeDoor:
 
     def _open(self, found: Attachment) -> None:
         """Watch the optimizer's steps, and make ready what the first process writes to."""
-        session = found.session
+        run_probe = found.run_probe
         self.records, self._history, self._unwritten = [], [], []
         self._attempted, self._was_open, self._interruption = set(), True, None
         self._unsettled, self._unstepped = None, False
-        self._session, self._watched = session, found.optimizers
-        if session.peers.rank == 0:
+        self._run_probe, self._watched = run_probe, found.optimizers
+        if run_probe.peers.rank == 0:
             self._writer = _writer_in(found.directory)
             earlier = _records_in(self._writer.path)
             self._history = [step_evidence(record) for record in earlier]
@@ -314,32 +314,32 @@ class ProbeDoor:
                     "appended, and tables and figures show the later ones. To keep them apart give output_directory=",
                     stacklevel=2,
                 )
-            self._sinks = list(found.sinks())
-            for sink in self._sinks:
-                sink.prepare(session.sources.rewards is not None, session.attribution.counterfactuals)
-            for sentence in session.warnings:
+            self._run_loggers = list(found.loggers())
+            for logger in self._run_loggers:
+                logger.prepare(run_probe.sources.rewards is not None, run_probe.attribution.counterfactuals)
+            for sentence in run_probe.warnings:
                 warnings.warn(sentence, stacklevel=2)
             with whatever_happens("say what a probe will take"):
-                tqdm.write(self._announcement(session))  # on a line of its own, whatever bars there are
+                tqdm.write(self._announcement(run_probe))  # on a line of its own, whatever bars there are
         self._handle = StepsTogether(
-            found.optimizers, self._before_step, session.took_step, self._after_step, session.disarm
+            found.optimizers, self._before_step, run_probe.took_step, self._after_step, run_probe.disarm
         )
 
     def _note_update_prompts(self, update_prompts: Any, rendering: Rendering | None = None) -> None:
         """Count the E prompts that the run trains on, warn of them, and say so in every record."""
-        session = self._session
-        if session is None:
+        run_probe = self._run_probe
+        if run_probe is None:
             return
-        session.prompts_in_u = count_common(
-            [prompt.text for prompt in session.prompts],
+        run_probe.prompts_in_u = count_common(
+            [prompt.text for prompt in run_probe.prompts],
             update_prompts,
-            Rendering(session.tokenizer) if rendering is None else rendering,
+            Rendering(run_probe.tokenizer) if rendering is None else rendering,
             self._prompt_column,
         )
-        if session.prompts_in_u and session.peers.rank == 0:
+        if run_probe.prompts_in_u and run_probe.peers.rank == 0:
             warnings.warn(
-                f"{session.prompts_in_u} of {len(session.prompts)} E prompts are prompts that this run trains on: the "
-                "entropy measured is that of prompts learnt, not of the task; give others as prompts",
+                f"{run_probe.prompts_in_u} of {len(run_probe.prompts)} E prompts are prompts that this run trains on: "
+                "the entropy measured is that of prompts learnt, not of the task; give others as prompts",
                 stacklevel=2,
             )
 
@@ -347,8 +347,8 @@ class ProbeDoor:
         """Before the forward and backward passes that a step is made of, of which an accumulated one has several."""
         self._settle()
         self._has_counted = False
-        if self._session is not None and self._step is not None and self.is_due(self._step):
-            self._session.begin(self._step, self._watched)
+        if self._run_probe is not None and self._step is not None and self.is_due(self._step):
+            self._run_probe.begin(self._step, self._watched)
 
     def _attempt(self, which: int = 0) -> None:
         """A step of one of the optimizers begins: a gradient scaler may skip it, and then its own hooks say nothing."""
@@ -374,28 +374,28 @@ class ProbeDoor:
 
     def _close_open(self, *, counts: bool = False) -> None:
         """End a step that has begun and not ended."""
-        session, handle = self._session, self._handle
-        if session is None or handle is None:
+        run_probe, handle = self._run_probe, self._handle
+        if run_probe is None or handle is None:
             return
         if handle.is_open:
-            self._take(partial(session.not_one_step, handle.close()))
+            self._take(partial(run_probe.not_one_step, handle.close()))
         elif self._attempted:
             self._take(self._unstepped_record)
-        elif counts and not self._has_counted and (self._unstepped or session.has_moved()):
+        elif counts and not self._has_counted and (self._unstepped or run_probe.has_moved()):
             self._unstepped = True
             self._take(self._unstepped_record)
 
     def _unstepped_record(self, step: int) -> Record:
         """Of a step of which the optimizer says nothing: it was skipped, or taken in the backward pass."""
-        assert self._session is not None
-        return self._measure(step) if self._session.holds_moved else self._session.skipped(step)
+        assert self._run_probe is not None
+        return self._measure(step) if self._run_probe.holds_moved else self._run_probe.skipped(step)
 
     def _finish(self) -> None:
         """The run is over: show the probes as a table and a figure, and say where everything lies."""
         self._close()
         if self._writer is not None and self.records:
             with whatever_happens("summarize the probes"):
-                summarize(self._writer.path, self._sinks)
+                summarize(self._writer.path, self._run_loggers)
         self._stop_if_interrupted()
 
     def _stop_if_interrupted(self) -> None:
@@ -414,10 +414,10 @@ class ProbeDoor:
             self._unwritten = []
         if self._handle is not None:
             self._handle.remove()
-        if self._session is not None:
-            self._session.disarm()
-            self._session.peers.close()
-        self._handle = self._session = None
+        if self._run_probe is not None:
+            self._run_probe.disarm()
+            self._run_probe.peers.close()
+        self._handle = self._run_probe = None
         self._watched = ()
 
     def _reward(self) -> float | None:
@@ -438,23 +438,25 @@ class ProbeDoor:
     def _before_step(self) -> None:
         self._stop_if_interrupted()
         self._settle()
-        if self._session is not None and self._step is not None and self.is_due(self._step):
-            self._session.arm(self._watched)
+        if self._run_probe is not None and self._step is not None and self.is_due(self._step):
+            self._run_probe.arm(self._watched)
 
     def _after_step(self, taken: bool) -> None:
-        if self._session is not None and self._step is not None:
+        if self._run_probe is not None and self._step is not None:
             # a fused optimizer under a gradient scaler skips inside its own step
-            self._take(self._measure if taken else self._session.skipped)
+            self._take(self._measure if taken else self._run_probe.skipped)
 
     def _take(self, record_of: Callable[[int], Record]) -> None:
         """Count a step, and keep its record, where it is due."""
-        session, step = self._session, self._step
+        run_probe, step = self._run_probe, self._step
         try:
             self._end_step(record_of)
         except Exception:
             raise
         except BaseException as interruption:  # the step is taken, and the trainer has yet to count it
-            if session is None or session.peers.size > 1:  # they wait for this process in the probe, and it behind it
+            if (
+                run_probe is None or run_probe.peers.size > 1
+            ):  # they wait for this process in the probe, and it behind it
                 raise
             self._interruption = interruption
             warnings.warn(
@@ -471,7 +473,7 @@ class ProbeDoor:
         self._attempted.clear()
         if self.is_due(step):
             record = record_of(step)
-            if self._session is not None and self._session.left_out is not None:
+            if self._run_probe is not None and self._run_probe.left_out is not None:
                 self._unsettled = record  # what the update leaves out may move until the training step ends
             else:
                 self._keep(record)
@@ -480,23 +482,23 @@ class ProbeDoor:
         """The training step is over: say of its record what the update left out, and keep it."""
         record, self._unsettled = self._unsettled, None
         if record is not None:
-            if self._session is not None:
+            if self._run_probe is not None:
                 with whatever_happens("say what the update leaves out"):
-                    record |= self._session.what_is_left_out(record)
+                    record |= self._run_probe.what_is_left_out(record)
             self._keep(record)
 
     def _measure(self, step: int) -> Record:
-        assert self._session is not None
-        shown = self._progress_bar and self._session.peers.rank == 0
+        assert self._run_probe is not None
+        shown = self._progress_bar and self._run_probe.peers.rank == 0
         # position 1 leaves the trainer's own bar alone
-        with progress(f"entropy probe, step {step}", self._session.passes, "pass", shown=shown, position=1) as bar:
+        with progress(f"entropy probe, step {step}", self._run_probe.passes, "pass", shown=shown, position=1) as bar:
 
             def advance(phase: str) -> None:
                 with suppress(OSError, ValueError):  # a terminal that is gone
                     bar.set_postfix_str(phase, refresh=False)
                     bar.update()
 
-            return self._session.measure(step, advance)
+            return self._run_probe.measure(step, advance)
 
     def _keep(self, record: Record) -> None:
         """Write the record at once, so that nothing measured is lost with the run; then show it."""
@@ -507,8 +509,8 @@ class ProbeDoor:
             add_step_agreement(record, self._history)
             self._history.append(step_evidence(record))
         tokens = None
-        if self._session is not None:  # taken, so that a step without any does not show those of another
-            tokens, self._session.attributed = self._session.attributed, None
+        if self._run_probe is not None:  # taken, so that a step without any does not show those of another
+            tokens, self._run_probe.attributed = self._run_probe.attributed, None
         self.records.append(record)
         del self.records[: -max(KEPT, len(self._unwritten) + 1)]
         if self._writer is None:
@@ -519,7 +521,7 @@ class ProbeDoor:
                 self._unwritten.append(record)
             self._write()
         with whatever_happens(f"show the probe of step {record['step']}"):
-            publish(record, self._sinks, tokens, self._writer.path.parent)
+            publish(record, self._run_loggers, tokens, self._writer.path.parent)
 
     def _write(self) -> None:
         """Write the records that are not written yet, in their order."""
@@ -538,12 +540,12 @@ class ProbeDoor:
         steps = ", ".join(str(record["step"]) for record in self._unwritten)
         return f"the records of steps {steps} are not in the file, but in the callback's `records` while it lives"
 
-    def _announcement(self, session: ProbeSession) -> str:
-        shared = f" shared by {session.peers.size} processes" if session.peers.size > 1 else ""
+    def _announcement(self, run_probe: RunProbe) -> str:
+        shared = f" shared by {run_probe.peers.size} processes" if run_probe.peers.size > 1 else ""
         return (
-            f"entropy probe: every {self.every_n_steps} optimizer steps, {session.num_sequences} completions of up to "
-            f"{session.max_new_tokens} tokens{shared}, {session.passes} passes over them, sampling included; memory "
-            f"beside the run's: {session.memory()}"
+            f"entropy probe: every {self.every_n_steps} optimizer steps, {run_probe.num_sequences} completions of up "
+            f"to {run_probe.max_new_tokens} tokens{shared}, {run_probe.passes} passes over them, sampling included; "
+            f"memory beside the run's: {run_probe.memory()}"
         )
 
 
