@@ -15,6 +15,7 @@ ROOMS = (
     "entropy_pl.objectives",
     "entropy_pl.policy",
     "entropy_pl.probe",
+    "entropy_pl.records",
     "entropy_pl.reporting",
     "entropy_pl.studies",
     "entropy_pl.updates",

@@ -17,7 +17,7 @@ FLOORS = (  # the ground floor first
     ("version", "registry", "config", "config_messages", "peers", "strategies", "progress"),
     ("rollout", "updates", "data"),
     ("estimators", "objectives", "policy"),
-    ("groups", "policy_gradient", "attribution", "grpo"),
+    ("groups", "policy_gradient", "attribution", "grpo", "records"),
     ("probe",),
     ("reporting",),
     ("callbacks", "configs", "measurements"),

@@ -253,7 +253,7 @@ def scatter_of_steps(
 
 def at_steps_taken(
     records: Sequence[Mapping[str, Any]], *keys: str
-) -> tuple[list[Record], NDArray[np.float64], list[list[Mapping[str, Any] | None]]]:
+) -> tuple[list[Mapping[str, Any]], NDArray[np.float64], list[list[Mapping[str, Any] | None]]]:
     """The probes that measured the step taken, their steps, and these estimates of it, a list for each key."""
     kept = [record for record in latest_per_step(records) if taken_point(record) is not None]
     points = [taken_point(record) or {} for record in kept]
