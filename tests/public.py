@@ -17,6 +17,7 @@ ROOMS = (
     "entropy_pl.probe",
     "entropy_pl.records",
     "entropy_pl.reporting",
+    "entropy_pl.runs",
     "entropy_pl.studies",
     "entropy_pl.updates",
 )

@@ -18,7 +18,7 @@ FLOORS = (  # the ground floor first
     ("rollout", "updates", "data"),
     ("estimators", "objectives", "policy"),
     ("groups", "policy_gradient", "attribution", "grpo", "records"),
-    ("probe",),
+    ("probe", "runs"),
     ("reporting",),
     ("callbacks", "configs", "measurements"),
     ("studies",),

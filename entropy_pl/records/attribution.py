@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from entropy_pl.records.estimates import NO_ESTIMATE, EstimateRecord
-from entropy_pl.records.stored import Stored
+from entropy_pl.records.stored import Stored, detail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class OverURecord(Stored):
     """
 
     prompts: int | None = None
-    absent: str | None = None
+    absent: str | None = detail()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class TokenRecord(Stored):
         advantage: of its completion; None where that is not known.
     """
 
-    text: str | None = None
-    context: str | None = None
+    text: str | None = detail()
+    context: str | None = detail()
     sequence: int | None = None
     position: int | None = None
     value: float | None = None
@@ -96,13 +96,13 @@ class AttributionRecord(Stored):
     gradient: EstimateRecord = NO_ESTIMATE
     tokens: EstimateRecord = NO_ESTIMATE
     by_sign: Mapping[str, EstimateRecord] = field(default_factory=dict)
-    remainder: Mapping[str, float | None] = field(default_factory=dict)
+    remainder: Mapping[str, float | None] = detail({})
     remainder_sum: EstimateRecord = NO_ESTIMATE
     total: float | None = None
     over_u: OverURecord = NOT_SAID
-    tokens_by_sign: Mapping[str, int] = field(default_factory=dict)
-    by_decile: tuple[DecileRecord, ...] = ()
-    top_tokens: tuple[TokenRecord, ...] = ()
+    tokens_by_sign: Mapping[str, int] = detail({})
+    by_decile: tuple[DecileRecord, ...] = detail(())
+    top_tokens: tuple[TokenRecord, ...] = detail(())
 
     @property
     def parts(self) -> dict[str, EstimateRecord]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from entropy_pl.records.stored import Stored
+from entropy_pl.records.stored import Stored, detail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class EstimateRecord(Stored):
     n_clusters: int | None = None
     trustworthy: bool | None = None
     bounded: bool | None = None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = detail(())
 
     @property
     def untrustworthy(self) -> bool:

@@ -17,7 +17,7 @@ from entropy_pl.records.estimates import (
     PredictorRecord,
     SymmetricRecord,
 )
-from entropy_pl.records.stored import Stored, wrong_kind
+from entropy_pl.records.stored import DETAIL, Stored, detail, wrong_kind
 
 SCHEMA = 2
 """Version of the record format, written as ``schema``: 2 since the attribution is in nats of the step taken."""
@@ -145,15 +145,15 @@ class Record(Stored):
     warnings: tuple[str, ...] = ()
     normalize: str | None = None
     confidence: float | None = None
-    weighting: str | None = None
-    integrand: str | None = None
-    baseline: str | None = None
+    weighting: str | None = detail()
+    integrand: str | None = detail()
+    baseline: str | None = detail()
     gae_lambda: float | None = None
     clip_log_weight: float | None = None
     temperature: float | None = None
-    precision: str | None = None
-    entropy_dtype: str | None = None
-    method: str | None = None
+    precision: str | None = detail()
+    entropy_dtype: str | None = detail()
+    method: str | None = detail()
     difference_step: float | None = None
     difference_error: float | None = None
     roughness: float | None = None
@@ -165,13 +165,13 @@ class Record(Stored):
     eta_star_ci_high: float | None = None
     sweep: tuple[PointRecord, ...] = ()
     untrustworthy_from: float | None = None
-    symmetric: tuple[SymmetricRecord, ...] = ()
+    symmetric: tuple[SymmetricRecord, ...] = detail(())
     power_law: PowerLawRecord = NO_LINE
     update_norm: float | None = None
-    update_components: Mapping[str, float | None] = field(default_factory=dict)
+    update_components: Mapping[str, float | None] = detail({})
     update_gap: float | None = None
-    update_split_absent: str | None = None
-    update_left_out: LeftOutRecord = NOT_LEFT_OUT
+    update_split_absent: str | None = detail()
+    update_left_out: LeftOutRecord = field(default=NOT_LEFT_OUT, metadata=DETAIL)
     expected_reward: EstimateRecord = NO_ESTIMATE
     exchange_rate: EstimateRecord = NO_ESTIMATE
     attribution: AttributionRecord = NO_ATTRIBUTION
@@ -179,17 +179,17 @@ class Record(Stored):
     counterfactuals: Mapping[str, CounterfactualRecord] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
     reward: float | None = None
-    e_prompts: PromptsRecord = NO_PROMPTS
+    e_prompts: PromptsRecord = field(default=NO_PROMPTS, metadata=DETAIL)
     completions_per_prompt: int | None = None
     mean_completion_length: float | None = None
     processes: int | None = None
-    device: str | None = None
+    device: str | None = detail()
     sampler_gap: float | None = None
-    memory: MemoryRecord = NO_MEMORY
-    seconds: Mapping[str, float | None] = field(default_factory=dict)
-    timing: Mapping[str, float | None] = field(default_factory=dict)
+    memory: MemoryRecord = field(default=NO_MEMORY, metadata=DETAIL)
+    seconds: Mapping[str, float | None] = detail({})
+    timing: Mapping[str, float | None] = detail({})
     overhead: float | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = detail({})
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Record:

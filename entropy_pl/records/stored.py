@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -13,8 +13,9 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 SomeStored = TypeVar("SomeStored", bound="Stored")
 
 _TEXT, _LIST, _OBJECT = "text", "a list", "an object"
+DETAIL = {"detail": True}  # of a field, see detail()
 _OWN = ("extra", "names", "null")
-_FIELDS: dict[type[Any], dict[str, tuple[Any, Any]]] = {}
+_KEYS: dict[type[Any], dict[str, Any]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,8 @@ class Stored:
 
     What a file holds may have been written by an older version, by another program or by hand. So a key that is not
     there leaves its field at the default, a number or a flag that is none counts as absent (None), and a key that is
-    not known is kept in ``extra``. But text, a list or an object that is something else is refused. An object that is
-    not there, or null, is an empty one, which is false.
+    not known is kept in ``extra``. But where text, a list or an object is expected, something else is refused, unless
+    the field is a :func:`detail`. An object that is not there, or null, is an empty one, which is false.
 
     Args:
         extra: what the fields do not hold, by key: keys that are not known, and values that count as absent.
@@ -51,18 +52,28 @@ class Stored:
 
     def to_json(self) -> dict[str, Any]:
         """Return what :meth:`from_json` was given, the order of its keys included, with the fields changed since."""
-        given = {name: getattr(self, name) for name, (_, default) in _fields(type(self)).items()}
-        changed = [name for name, (_, default) in _fields(type(self)).items() if given[name] != default]
-        found = {}
-        for name in dict.fromkeys((*self.names, *changed)):
-            if name in changed or name not in self.extra:
-                found[name] = _plain(given[name])
-            else:
-                found[name] = self.extra[name]
-        return found
+        changed = [name for name, key in _keys(type(self)).items() if getattr(self, name) != key.default]
+        return {
+            name: _plain(getattr(self, name)) if name in changed or name not in self.extra else self.extra[name]
+            for name in dict.fromkeys((*self.names, *changed))
+        }
 
     def __bool__(self) -> bool:
         return not self.null and bool(self.to_json())
+
+
+def detail(default: Any = None) -> Any:
+    """Declare a field that little rests on: what is of another kind there counts as absent, and is not refused.
+
+    Args:
+        default: of the field.
+
+    Returns:
+        For a dataclass's field.
+    """
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=DETAIL)
+    return field(default=default, metadata=DETAIL)
 
 
 def number(value: object) -> float:
@@ -93,12 +104,23 @@ def wrong_kind(path: str, expected: str, value: object) -> ValueError:
     return ValueError(f"expected {path!r} to be {expected}, got {type(value).__name__}")
 
 
-def _fields(cls: type[Stored]) -> dict[str, tuple[Any, Any]]:
-    """Return type and default of every key that a class knows; they are looked up once."""
-    if cls not in _FIELDS:
+@dataclass(frozen=True)
+class _Key:
+    kind: Any
+    default: Any
+    is_detail: bool
+
+
+def _keys(cls: type[Stored]) -> dict[str, _Key]:
+    """Return the keys that a class knows; they are looked up once."""
+    if cls not in _KEYS:
         empty, hints = cls(), get_type_hints(cls)
-        _FIELDS[cls] = {f.name: (hints[f.name], getattr(empty, f.name)) for f in fields(cls) if f.name not in _OWN}
-    return _FIELDS[cls]
+        _KEYS[cls] = {
+            each.name: _Key(hints[each.name], getattr(empty, each.name), "detail" in each.metadata)
+            for each in fields(cls)
+            if each.name not in _OWN
+        }
+    return _KEYS[cls]
 
 
 def _object(cls: type[SomeStored], found: object, path: str) -> SomeStored:
@@ -108,8 +130,10 @@ def _object(cls: type[SomeStored], found: object, path: str) -> SomeStored:
         raise wrong_kind(path, _OBJECT, found)
     known, extra = {}, {}
     for name, raw in found.items():
-        kind, _ = _fields(cls).get(name, (None, None))
-        value = None if kind is None else _value(kind, raw, f"{path}.{name}" if path else name)
+        value, key = None, _keys(cls).get(name)
+        if key is not None:
+            with suppress(ValueError) if key.is_detail else nullcontext():
+                value = _value(key.kind, raw, f"{path}.{name}" if path else name)
         if value is None:
             extra[name] = raw
         else:

@@ -70,6 +70,13 @@ def test_a_number_that_is_none_is_absent_and_kept(none):
     assert repr(found.to_json()) == repr({"lr": none, "entropy": {"value": none}, "sweep": [{"eta": none}]})
 
 
+def test_a_detail_of_another_kind_is_absent_and_kept():
+    given = {"seconds": [1.0], "e_prompts": 5, "method": {}, "attribution": {"top_tokens": 3}}
+    found = Record.from_json(given)
+    assert (found.seconds, found.e_prompts.count, found.method, found.attribution.top_tokens) == ({}, None, None, ())
+    assert found.to_json() == given
+
+
 def test_numbers_of_numpy_are_numbers():
     assert Record.from_json({"lr": np.float32(0.5)}).lr == 0.5
 
