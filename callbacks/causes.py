@@ -17,10 +17,10 @@ from entropy_pl.peers import Peers
 from entropy_pl.policy.rng import derived_seed, isolated_rng
 from entropy_pl.policy.sample import decode_completions
 from entropy_pl.probe import EntropyProbe, ProbeScores, WithheldError, what_happened
+from entropy_pl.records import Json
 from entropy_pl.registry import did_you_mean
 from entropy_pl.reporting import AttributedTokens
 from entropy_pl.reporting.attributing import attribution_record, noted
-from entropy_pl.reporting.records import Record
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates.record import UpdateRecorder
 from entropy_pl.updates.vector import UpdateVector
@@ -175,7 +175,7 @@ class CausesOfStep:
         scores: ProbeScores,
         first_order: EntropyChange,
         on_pass: Callable[[str], None],
-    ) -> tuple[Record, AttributedTokens | None]:
+    ) -> tuple[Json, AttributedTokens | None]:
         """Who moved the entropy, as a record's keys and token by token.
 
         Args:

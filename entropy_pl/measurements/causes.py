@@ -19,7 +19,8 @@ from entropy_pl.measurements.update import MeasuredUpdate, gradient_precision, s
 from entropy_pl.objectives import RewardSum
 from entropy_pl.policy import decode_completions
 from entropy_pl.probe import ProbeScores, WithheldError
-from entropy_pl.reporting import AttributedTokens, Record
+from entropy_pl.records import Json
+from entropy_pl.reporting import AttributedTokens
 from entropy_pl.reporting.attributing import attribution_record, noted
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates import UpdateVector
@@ -81,7 +82,7 @@ class Causes:
 
     def attribute(
         self, rollout: Rollout, scores: ProbeScores, first_order: EntropyChange, on_pass: Callable[[str], None]
-    ) -> tuple[Record, AttributedTokens | None]:
+    ) -> tuple[Json, AttributedTokens | None]:
         """Who moved the entropy, as keys of the results and token by token.
 
         Args:

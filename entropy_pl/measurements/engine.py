@@ -26,7 +26,8 @@ from entropy_pl.policy import Checkpoint, GeneratedLogProbs, checkpoint_weights,
 from entropy_pl.policy.precision import matmul_precision
 from entropy_pl.probe import ProbeResult, ProbeScores, SamplerGate, take_dry_run, timed
 from entropy_pl.progress import progress
-from entropy_pl.reporting import SCHEMA, DetailedLog, MeasuredBatch, Record, config_hash
+from entropy_pl.records import SCHEMA, Json
+from entropy_pl.reporting import DetailedLog, MeasuredBatch, config_hash
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates import UpdateVector
 
@@ -109,7 +110,7 @@ class EntropyMeasurements:
             checkpoint.policy.model.to("cuda")  # type: ignore[arg-type]
         return checkpoint
 
-    def run_experiments(self, *, progress_bar: bool = True) -> Record:
+    def run_experiments(self, *, progress_bar: bool = True) -> Json:
         """Measure, write what the config asks to be written, and return the results.
 
         Args:
@@ -296,7 +297,7 @@ class EntropyMeasurements:
                 stacklevel=2,
             )
 
-    def _results(self, drawn: Drawn, result: ProbeResult, seconds: dict[str, float], fingerprint: str) -> Record:
+    def _results(self, drawn: Drawn, result: ProbeResult, seconds: dict[str, float], fingerprint: str) -> Json:
         settings, batch = self.settings, self.settings.batch_config
         found = result.to_dict()
         del found["seconds"]  # among those of the whole measurement
@@ -329,7 +330,7 @@ class EntropyMeasurements:
             "config": asdict(settings),
         }
 
-    def _log(self, drawn: Drawn, scores: ProbeScores, result: ProbeResult, results: Record) -> None:
+    def _log(self, drawn: Drawn, scores: ProbeScores, result: ProbeResult, results: Json) -> None:
         batch = MeasuredBatch(
             rollout=drawn.rollout,
             base=scores.base,

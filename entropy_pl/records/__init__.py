@@ -23,6 +23,7 @@ from entropy_pl.records.record import (
     PromptsRecord,
     Record,
     latest_per_step,
+    probes_of,
     taken_point,
 )
 from entropy_pl.records.stored import Stored, number
@@ -52,6 +53,7 @@ __all__ = [
     "latest_per_step",
     "number",
     "plain",
+    "probes_of",
     "read_records",
     "taken_point",
     "to_json",

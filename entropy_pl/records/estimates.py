@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from entropy_pl.records.stored import Stored, detail
+from entropy_pl.records.stored import Stored, detail, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,11 @@ class PointRecord(Stored):
     first_order: EstimateRecord = NO_ESTIMATE
     reward_true: EstimateRecord = NO_ESTIMATE
     reward_first_order: EstimateRecord = NO_ESTIMATE
+
+    @property
+    def ess_fraction(self) -> float:
+        """ESS of ΔH over the number of sequences, in [0, 1]; NaN where it is not known."""
+        return number(self.true.ess) / self.true.n_sequences if self.true.n_sequences else math.nan
 
 
 NO_POINT = PointRecord()

@@ -271,6 +271,21 @@ def latest_per_step(records: Sequence[GivenRecord]) -> list[GivenRecord]:
     return [record for _, record in kept]
 
 
+def probes_of(records: Sequence[AnyRecord]) -> list[Record]:
+    """Return the probes of the run as it finally went (:func:`latest_per_step`), each as a :class:`Record`.
+
+    Args:
+        records: records in the order they were written, in either form.
+
+    Returns:
+        The surviving records, steps strictly increasing.
+
+    Raises:
+        ValueError: as :func:`latest_per_step` and :meth:`Record.from_json`.
+    """
+    return [Record.of(record) for record in latest_per_step(records)]
+
+
 def _kind_and_step(record: AnyRecord) -> tuple[object, object]:
     if isinstance(record, Record):
         return record.kind, record.step

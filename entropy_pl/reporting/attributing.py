@@ -14,8 +14,8 @@ from entropy_pl.attribution import Attribution, InfluenceMatrix, UpdateBatch, co
 from entropy_pl.estimators import EntropyChange, interval
 from entropy_pl.estimators.snis import Normalize
 from entropy_pl.probe import what_happened
+from entropy_pl.records import Json
 from entropy_pl.reporting.attributed import ERRORS, TOTALS, AttributedTokens
-from entropy_pl.reporting.records import Record
 from entropy_pl.rollout import prompt_clusters
 
 
@@ -88,7 +88,7 @@ def noted(absent: dict[str, str], what: str) -> Iterator[None]:
 
 def attribution_record(
     attribution: Attribution, batch: UpdateBatch, tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> tuple[Record, AttributedTokens]:
+) -> tuple[Json, AttributedTokens]:
     """What a record keeps of an attribution, and all of it.
 
     Args:
@@ -103,7 +103,7 @@ def attribution_record(
     """
     tokens = attributed_tokens(attribution, batch, tokenizer, **options)
     found = attribution.to_dict(options["lr"], options.get("first_order"))
-    record: Record = {"attribution": found | tokens.summary()}
+    record: Json = {"attribution": found | tokens.summary()}
     if batch.advantages is not None:
         predictors = compare_predictors(attribution, batch, clusters=prompt_clusters(batch.rollout))
         record["predictors"] = {name: predictor.to_dict() for name, predictor in predictors.items()}

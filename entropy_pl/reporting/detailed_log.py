@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from entropy_pl.records import SCHEMA, RecordWriter
 from entropy_pl.reporting.detailed import (
     Kind,
     LoggingSettings,
@@ -26,7 +27,6 @@ from entropy_pl.reporting.detailed import (
     summary_record,
     token_records,
 )
-from entropy_pl.reporting.records import SCHEMA, RecordWriter
 
 if sys.platform != "win32":
     import fcntl

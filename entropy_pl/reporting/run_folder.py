@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from entropy_pl.reporting.records import Record
-from entropy_pl.reporting.run_figures import Curve
+from entropy_pl.records import Record
 from entropy_pl.runs.folder import find_records, records_in
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Steps and values of what a trainer logged, ``[n]`` each."""
 
 CURVES = ("reward", "entropy")
 OURS = "entropy_probe/"  # tags that are the records' own numbers
@@ -54,7 +57,7 @@ class RunFolder:
     @property
     def is_measurement(self) -> bool:
         """Whether it is one offline measurement's rather than a training run's."""
-        return any(record.get("kind") == "measurement" for record in self.records)
+        return any(record.is_measurement for record in self.records)
 
 
 def read_run(path: str | os.PathLike[str]) -> RunFolder:
@@ -68,8 +71,7 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
         ValueError: if there are no records in it, or those of several runs.
     """
     run, file = find_records(Path(path))
-    found, damaged = records_in(file)
-    records = [record.to_json() for record in found]
+    records, damaged = records_in(file)
     text, config = _config(run, damaged)
     probe = file.parent
     files, pages = _tokens(probe, records, "npz"), _tokens(probe, records, "html")
@@ -97,7 +99,7 @@ def _config(run: Path, damaged: list[str]) -> tuple[str, dict[str, Any]]:
 def _tokens(probe: Path, records: list[Record], ending: str) -> dict[int | None, Path]:
     """Files of attributed tokens by step: one of a measurement, one of every probe of a run."""
     if (alone := probe / f"attribution.{ending}").is_file():
-        return {records[0].get("step"): alone}
+        return {records[0].step: alone}
     numbered = [(file.stem.removeprefix("step_"), file) for file in sorted(probe.glob(f"attribution/step_*.{ending}"))]
     return {int(step): file for step, file in numbered if step.isdecimal()}
 

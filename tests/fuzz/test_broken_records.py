@@ -168,7 +168,7 @@ def test_a_page_and_an_event_file(tmp_path):
         page.write_text(run_page(run), encoding="utf-8")
         for item in run.records:
             for tag, value in scalars(item).items():
-                writer.add_scalar(tag, value, item["step"])
+                writer.add_scalar(tag, value, item.step)
 
     def case(mutator: Mutator) -> tuple[Callable[[], object], list[str]]:
         write_broken(mutator, file)
@@ -219,7 +219,7 @@ def test_half_a_character_is_shown_as_none(tmp_path, console):
 
 
 def test_a_predictor_without_numbers(console):
-    assert step_evidence(record(0) | {"predictors": {"steer": None}})["predictors"] == {"steer": {"step": None}}
+    assert step_evidence(record(0) | {"predictors": {"steer": None}}).predictors["steer"].step is None
 
 
 def test_what_a_writer_writes_is_a_record(tmp_path):
