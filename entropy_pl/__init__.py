@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from entropy_pl.policy.tangents import token_stats_jvp
     from entropy_pl.probe import EntropyProbe, ProbeResult
     from entropy_pl.rollout import Rollout, TokenStats
+    from entropy_pl.runs import load_run
     from entropy_pl.updates import UpdateVector, record_update
 
 _HOME = {
@@ -35,6 +36,7 @@ _HOME = {
     "UpdateVector": "updates",
     "float64_evaluation": "policy",
     "load_policy": "policy",
+    "load_run": "runs",
     "record_update": "updates",
     "sample_completions": "policy",
     "token_stats": "policy.score",
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "float64_evaluation",
     "load_policy",
+    "load_run",
     "record_update",
     "sample_completions",
     "token_stats",

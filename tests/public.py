@@ -15,7 +15,9 @@ ROOMS = (
     "entropy_pl.objectives",
     "entropy_pl.policy",
     "entropy_pl.probe",
+    "entropy_pl.records",
     "entropy_pl.reporting",
+    "entropy_pl.runs",
     "entropy_pl.studies",
     "entropy_pl.updates",
 )

@@ -24,6 +24,7 @@ TESTED = {  # page → where its code is run
     "docs/extending.md": "tests/test_extending.py",
     "docs/offline.md": "tests/measurements/test_offline_page.py",
     "docs/precision.md": "tests/test_printed_code.py",
+    "docs/reading-the-curves.md": "tests/runs/test_run.py",
 }
 
 

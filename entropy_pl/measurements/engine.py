@@ -25,7 +25,8 @@ from entropy_pl.policy.precision import matmul_precision
 from entropy_pl.probe import MeasuredStep, ProbeScores, SamplerGate, StepMeasurement, take_dry_run, timed
 from entropy_pl.probe.step import noted
 from entropy_pl.progress import progress
-from entropy_pl.reporting import SCHEMA, DetailedLog, MeasuredBatch, Record, config_hash
+from entropy_pl.records import SCHEMA, Json
+from entropy_pl.reporting import DetailedLog, MeasuredBatch, config_hash
 from entropy_pl.reporting.attributing import measured_record
 from entropy_pl.rollout import Rollout
 
@@ -108,7 +109,7 @@ class EntropyMeasurements:
             checkpoint.policy.model.to("cuda")  # type: ignore[arg-type]
         return checkpoint
 
-    def run_experiments(self, *, progress_bar: bool = True) -> Record:
+    def run_experiments(self, *, progress_bar: bool = True) -> Json:
         """Measure, write what the config asks to be written, and return the results.
 
         Args:
@@ -285,8 +286,8 @@ class EntropyMeasurements:
             )
 
     def _results(
-        self, drawn: Drawn, measured: MeasuredStep, found: Record, seconds: dict[str, float], fingerprint: str
-    ) -> Record:
+        self, drawn: Drawn, measured: MeasuredStep, found: Json, seconds: dict[str, float], fingerprint: str
+    ) -> Json:
         settings, batch, result = self.settings, self.settings.batch_config, measured.result
         seconds = seconds | found.pop("seconds")
         scored_tokens = result.entropy.n_tokens * settings.probe().passes(result.lr)
@@ -318,7 +319,7 @@ class EntropyMeasurements:
             "config": asdict(settings),
         }
 
-    def _log(self, drawn: Drawn, measured: MeasuredStep, results: Record) -> None:
+    def _log(self, drawn: Drawn, measured: MeasuredStep, results: Json) -> None:
         scores, result = measured.scores, measured.result
         batch = MeasuredBatch(
             rollout=drawn.rollout,

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from entropy_pl.files import written_whole
-from entropy_pl.reporting import AttributedTokens, Record, attribution_page, eta_sweep_figure
-from entropy_pl.reporting.records import plain
+from entropy_pl.records import Json, plain
+from entropy_pl.reporting import AttributedTokens, attribution_page, eta_sweep_figure
 from entropy_pl.version import __version__
 
 RESULTS, CONFIG, FIGURE = "results.json", "config.yaml", "eta_sweep.png"
@@ -64,7 +64,7 @@ class ResultsFolder:
         self._refuse_others()
         make_writable(self.path)
 
-    def write(self, results: Record, tokens: AttributedTokens | None = None) -> None:
+    def write(self, results: Json, tokens: AttributedTokens | None = None) -> None:
         """Replace the folder's results.
 
         Args:

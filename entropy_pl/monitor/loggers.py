@@ -14,9 +14,9 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from entropy_pl.files import written_whole
+from entropy_pl.records import Record, probes_of, read_records
 from entropy_pl.reporting import (
     AttributedTokens,
-    Record,
     add_margin_charts,
     attribution_page,
     attribution_table,
@@ -27,9 +27,7 @@ from entropy_pl.reporting import (
     influence_matrix_figure,
     influence_scatter_figure,
     influence_share_figure,
-    latest_per_step,
     probe_table,
-    read_records,
     scalars,
     top_tokens_figure,
 )
@@ -100,9 +98,10 @@ def publish(record: Record, loggers: Sequence[RunLogger], tokens: AttributedToke
         tokens: what every token did, where that is known.
         folder: of the records.
     """
-    step, values = record["step"], scalars(record)
+    step, values = record.step, scalars(record)
+    assert step is not None  # every probe has one
     figures: dict[str, Callable[[], Figure]] = {}
-    if record["status"] == "ok":
+    if record.is_ok:
         figures[SWEEP_TAG] = partial(eta_sweep_figure, record)
     if tokens is not None:
         drawings = {
@@ -122,8 +121,8 @@ def publish(record: Record, loggers: Sequence[RunLogger], tokens: AttributedToke
                 logger.scalars(values, step)
             for tag, draw in figures.items():
                 logger.figure(tag, draw, step)
-            if record.get("warnings"):
-                logger.text(WARNINGS, "\n\n".join(record["warnings"]), step)
+            if record.warnings:
+                logger.text(WARNINGS, "\n\n".join(record.warnings), step)
 
 
 def _write_tokens(tokens: AttributedTokens, name: Path) -> None:
@@ -158,11 +157,11 @@ def _at(steps: Sequence[int | None]) -> str:
 
 def summarize(records_path: Path, loggers: Sequence[RunLogger]) -> None:
     """Draw the run's figures beside its records, print its table, and say where everything lies."""
-    records = latest_per_step([r for r in read_records(records_path) if isinstance(r.get("step"), int)])
+    records = probes_of([record for record in read_records(records_path) if isinstance(record.get("step"), int)])
     drawings = {"delta_entropy": delta_entropy_figure}
-    if any(record.get("attribution") for record in records):
+    if any(record.attribution for record in records):
         drawings["components"] = components_figure
-    if any(record.get("exchange_rate") for record in records):
+    if any(record.exchange_rate for record in records):
         drawings["exchange_rate"] = exchange_rate_figure
     pictures = []
     for name, draw in drawings.items():
@@ -171,7 +170,7 @@ def summarize(records_path: Path, loggers: Sequence[RunLogger]) -> None:
             pictures.append(records_path.with_name(f"{name}.png"))
     console = Console(soft_wrap=True)
     console.print(probe_table(records))
-    attributed = [record for record in records if record.get("attribution") or record.get("counterfactuals")]
+    attributed = [record for record in records if record.attribution or record.counterfactuals]
     if attributed:
         console.print(attribution_table(attributed[-1]))
     lines = [f"caution  {_at(steps)}{text}" for text, steps in list(warnings_by_text(records).items())[:CAUTIONS]]

@@ -35,9 +35,9 @@ from entropy_pl.probe import (
     timed,
     what_happened,
 )
+from entropy_pl.records import SCHEMA, Json
 from entropy_pl.reporting import AttributedTokens
 from entropy_pl.reporting.attributing import measured_record
-from entropy_pl.reporting.records import SCHEMA, Record
 from entropy_pl.rollout import Rollout
 from entropy_pl.updates.in_backward import Mark, may_move_in_backward
 from entropy_pl.updates.left_out import LeftOut
@@ -278,7 +278,7 @@ class RunProbe:
         """Whether θ has moved since the passes of this step began; False where that is not known."""
         return self.holds_moved or (self._mark is not None and self._mark.moved())
 
-    def skipped(self, step: int) -> Record:
+    def skipped(self, step: int) -> Json:
         """The record of a step that was due and that the optimizer did not take, and disarm."""
         moved = self.has_moved()
         record = self._untaken(step)
@@ -292,7 +292,7 @@ class RunProbe:
             "gradients are not finite",
         }
 
-    def not_one_step(self, said: str, step: int) -> Record:
+    def not_one_step(self, said: str, step: int) -> Json:
         """The record of a step that was due and that not all of the optimizers took once, and disarm.
 
         Args:
@@ -305,7 +305,7 @@ class RunProbe:
             "steps are not one step. Watch one of them by its number (optimizer=0), or those that step together",
         }
 
-    def what_is_left_out(self, record: Record) -> Record:
+    def what_is_left_out(self, record: Json) -> Json:
         """What a record says of the trainable parameters that its update is not of, and disarm."""
         left_out, self.left_out = self.left_out, None
         if left_out is None or record["status"] != "ok":
@@ -313,7 +313,7 @@ class RunProbe:
         share, sentence = left_out.said(record["lr"] * record["update_norm"])
         return {"update_left_out": share, "warnings": [*record["warnings"], *([sentence] if sentence else [])]}
 
-    def _untaken(self, step: int) -> Record:
+    def _untaken(self, step: int) -> Json:
         self.disarm()
         self._mark = None
         try:
@@ -323,13 +323,13 @@ class RunProbe:
             return self._record(step, "failed") | _failure(error)
         return self._record(step, "skipped")
 
-    def _moved_unseen(self) -> Record:
+    def _moved_unseen(self) -> Json:
         """The parameters moved, but not in the optimizer's step; from now on θ is kept from before the passes."""
         self._in_backward = True
         warnings.warn(f"entropy probe: {MOVED_UNSEEN}", stacklevel=2)
         return {"status": "failed", "message": MOVED_UNSEEN}
 
-    def measure(self, step: int, on_pass: Callable[[str], None] = lambda phase: None) -> Record:
+    def measure(self, step: int, on_pass: Callable[[str], None] = lambda phase: None) -> Json:
         """After the step: read it off, measure it and disarm.
 
         Args:
@@ -337,7 +337,8 @@ class RunProbe:
             on_pass: called with a phase's name after every pass over E.
 
         Returns:
-            A record (see :mod:`entropy_pl.reporting.records`) of status ``ok``, ``no_movement`` or ``failed``.
+            A record as JSON has it (see :class:`entropy_pl.records.Record`), of status ``ok``, ``no_movement`` or
+            ``failed``.
         """
         self.note_adapters(self._optimizers)  # an adapter may show only by its step that it is trained
         record = self._record(step, "ok")
@@ -370,7 +371,7 @@ class RunProbe:
         stream = random.Random(f"{self.seed}, step {step}" if self.resample_prompts else f"{self.seed}")
         return stream.sample(self.prompts, self._prompts_needed)
 
-    def _record(self, step: int, status: str) -> Record:
+    def _record(self, step: int, status: str) -> Json:
         prompts = {
             "count": self._prompts_needed,
             "sha256": fingerprint(prompt.text for prompt in self.e_prompts(step)),
@@ -388,7 +389,7 @@ class RunProbe:
             "processes": self.peers.size,
         }
 
-    def _measured(self, record: Record, step: int, on_pass: Callable[[str], None]) -> Record:
+    def _measured(self, record: Json, step: int, on_pass: Callable[[str], None]) -> Json:
         with ExitStack() as measured:
             with self.peers.together():
                 measured.enter_context(self.adapter.active())
@@ -396,8 +397,8 @@ class RunProbe:
             return self._measured_along(update, norm, record, step, on_pass)
 
     def _measured_along(
-        self, update: UpdateVector, norm: float, record: Record, step: int, on_pass: Callable[[str], None]
-    ) -> Record:
+        self, update: UpdateVector, norm: float, record: Json, step: int, on_pass: Callable[[str], None]
+    ) -> Json:
         if norm == 0 and self.has_moved():
             return self._moved_unseen()
         if norm == 0:
@@ -453,7 +454,7 @@ class RunProbe:
 
         return make
 
-    def _read(self, record: Record) -> tuple[UpdateVector, float]:
+    def _read(self, record: Json) -> tuple[UpdateVector, float]:
         """The step and its norm, if it is finite and all processes have taken the same one."""
         with self.peers.together():
             if self._failure is not None:
@@ -506,7 +507,7 @@ class RunProbe:
             )
 
 
-def _failure(error: Exception) -> Record:
+def _failure(error: Exception) -> Json:
     return {"status": "failed", "message": what_happened(error)}
 
 

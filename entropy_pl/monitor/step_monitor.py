@@ -26,15 +26,8 @@ from entropy_pl.policy.tangents import Method
 from entropy_pl.policy.vocabulary import foreign_tokenizer
 from entropy_pl.probe import AttributionSettings, EntropyProbe, Precision
 from entropy_pl.progress import progress
-from entropy_pl.reporting import (
-    Record,
-    RecordWriter,
-    add_step_agreement,
-    latest_per_step,
-    read_records,
-    step_evidence,
-)
-from entropy_pl.reporting.records import plain
+from entropy_pl.records import Json, Record, RecordWriter, latest_per_step, plain, read_records
+from entropy_pl.reporting import add_step_agreement, step_evidence
 from entropy_pl.updates.together import StepsTogether
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -167,7 +160,7 @@ class StepMonitor:
         progress_bar: bool = True,
     ) -> None:
         self.every_n_steps = every_n_steps
-        self.records: list[Record] = []
+        self.records: list[Json] = []
         self._prompts, self._prompt_column = prompts, prompt_column
         self._policy, self._tokenizer = policy, tokenizer
         self._optimizer = list(optimizer) if isinstance(optimizer, tuple) else optimizer
@@ -219,14 +212,14 @@ class StepMonitor:
         self._watched: Sequence[Any] = ()  # the optimizers, and the handle by which their steps are seen
         self._handle: StepsTogether | None = None
         self._writer: RecordWriter | None = None  # of the one process that writes
-        self._written: dict[int, Record] = {}  # by the part of the run that is taken again
-        self._unwritten: list[Record] = []
+        self._written: dict[int, Json] = {}  # by the part of the run that is taken again
+        self._unwritten: list[Json] = []
         self._history: list[Record] = []  # of every probe of the run what theories are compared by
         self._interruption: BaseException | None = None
         self._run_loggers: list[RunLogger] = []
         self._step: int | None = None  # of the watched optimizers, the next one, counted from 0
         self._attempted: set[int] = set()  # whose step has begun, of the step that has not ended
-        self._unsettled: Record | None = None  # of a step measured, while its training step goes on
+        self._unsettled: Json | None = None  # of a step measured, while its training step goes on
         self._has_counted = False  # a step, in this training step
         self._unstepped = False  # a training step without a step of the optimizer has moved the policy
         self._was_open = False
@@ -385,7 +378,7 @@ class StepMonitor:
             self._unstepped = True
             self._take(self._unstepped_record)
 
-    def _unstepped_record(self, step: int) -> Record:
+    def _unstepped_record(self, step: int) -> Json:
         """Of a step of which the optimizer says nothing: it was skipped, or taken in the backward pass."""
         assert self._run_probe is not None
         return self._measure(step) if self._run_probe.holds_moved else self._run_probe.skipped(step)
@@ -446,7 +439,7 @@ class StepMonitor:
             # a fused optimizer under a gradient scaler skips inside its own step
             self._take(self._measure if taken else self._run_probe.skipped)
 
-    def _take(self, record_of: Callable[[int], Record]) -> None:
+    def _take(self, record_of: Callable[[int], Json]) -> None:
         """Count a step, and keep its record, where it is due."""
         run_probe, step = self._run_probe, self._step
         try:
@@ -465,7 +458,7 @@ class StepMonitor:
                 stacklevel=2,
             )
 
-    def _end_step(self, record_of: Callable[[int], Record]) -> None:
+    def _end_step(self, record_of: Callable[[int], Json]) -> None:
         if self._step is None:
             return
         self._settle()
@@ -487,7 +480,7 @@ class StepMonitor:
                     record |= self._run_probe.what_is_left_out(record)
             self._keep(record)
 
-    def _measure(self, step: int) -> Record:
+    def _measure(self, step: int) -> Json:
         assert self._run_probe is not None
         shown = self._progress_bar and self._run_probe.peers.rank == 0
         # position 1 leaves the trainer's own bar alone
@@ -500,7 +493,7 @@ class StepMonitor:
 
             return self._run_probe.measure(step, advance)
 
-    def _keep(self, record: Record) -> None:
+    def _keep(self, record: Json) -> None:
         """Write the record at once, so that nothing measured is lost with the run; then show it."""
         record["reward"] = None
         with whatever_happens("read the run's reward"):
@@ -521,7 +514,7 @@ class StepMonitor:
                 self._unwritten.append(record)
             self._write()
         with whatever_happens(f"show the probe of step {record['step']}"):
-            publish(record, self._run_loggers, tokens, self._writer.path.parent)
+            publish(Record.from_json(record), self._run_loggers, tokens, self._writer.path.parent)
 
     def _write(self) -> None:
         """Write the records that are not written yet, in their order."""
@@ -559,13 +552,13 @@ def _writer_in(directory: Path) -> RecordWriter:
     return RecordWriter(directory / "records.jsonl")
 
 
-def _records_in(path: Path) -> list[Record]:
+def _records_in(path: Path) -> list[Json]:
     """What an earlier part of the run has written of its probes."""
     return [r for r in (read_records(path) if path.is_file() else []) if isinstance(r.get("step"), int)]
 
 
 def _is_same(record: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
-    def found(of: Mapping[str, Any]) -> Record:
+    def found(of: Mapping[str, Any]) -> Json:
         return {key: value for key, value in of.items() if key not in NOT_COMPARED}
 
     return other is not None and found(plain(record)) == found(other)

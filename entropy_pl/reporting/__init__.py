@@ -1,11 +1,12 @@
 """What was measured, kept and shown: record files, figures, TensorBoard scalars, the terminal's tables, an HTML page.
 
-What is shown is made of *records*, the JSON-able dicts that a probe leaves behind (their keys are listed in
-:mod:`entropy_pl.reporting.records`), so that a figure can be redrawn years later from the file alone. The detailed log
+What is shown is made of *records* (:class:`entropy_pl.records.Record`, or the JSON objects that they are read from and
+written as), so that a figure can be redrawn years later from the file alone. The detailed log
 of an offline measurement goes down to sequences and tokens (:mod:`entropy_pl.reporting.detailed`). Who moved the
 entropy, token by token, is an :class:`AttributedTokens`, which figures and page are drawn from.
 """
 
+from entropy_pl.records import SCHEMA, Record, RecordWriter, latest_per_step, read_records, taken_point
 from entropy_pl.reporting.attributed import AttributedTokens
 from entropy_pl.reporting.attribution_figures import (
     components_figure,
@@ -27,7 +28,6 @@ from entropy_pl.reporting.detailed import (
 )
 from entropy_pl.reporting.detailed_log import DetailedLog
 from entropy_pl.reporting.figures import delta_entropy_figure, eta_sweep_figure
-from entropy_pl.reporting.records import SCHEMA, Record, RecordWriter, latest_per_step, read_records, taken_point
 from entropy_pl.reporting.run_figures import calibration_figure, ess_figure, step_size_figure, training_figure
 from entropy_pl.reporting.run_folder import RunFolder, read_run
 from entropy_pl.reporting.run_page import run_page

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from entropy_pl.attribution.signs import NEGATIVE, POSITIVE, ZERO, by_sign
 from entropy_pl.files import written_whole
-from entropy_pl.reporting.records import Record, plain
+from entropy_pl.records import Json, plain
 from entropy_pl.reporting.visible_text import shortened
 
 Floats = NDArray[np.float64]
@@ -86,7 +86,7 @@ class AttributedTokens:
     matrix: Floats | None = field(default=None, repr=False)
     stderr: Floats | None = field(default=None, repr=False)
     totals: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, Record] = field(default_factory=dict, repr=False)
+    errors: dict[str, Json] = field(default_factory=dict, repr=False)
     reach: float = 1.0
 
     def __post_init__(self) -> None:
@@ -171,7 +171,7 @@ class AttributedTokens:
         numbers: dict[str, int] = {}
         return np.array([numbers.setdefault(prompt, len(numbers)) for prompt in self.prompts], dtype=np.int64)
 
-    def summary(self, count: int = 20) -> Record:
+    def summary(self, count: int = 20) -> Json:
         """What a record keeps of the tokens, JSON-able.
 
         Args:
@@ -186,7 +186,7 @@ class AttributedTokens:
             ``advantage`` (None: not known).
         """
         deciles, sums = self.deciles(), self.by_sign_and_decile()
-        by_decile: list[Record] = []
+        by_decile: list[Json] = []
         for decile in range(DECILES):
             logp = self.logp[deciles == decile]
             by_decile.append(

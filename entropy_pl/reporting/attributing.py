@@ -11,8 +11,8 @@ from entropy_pl.estimators import EntropyChange, interval
 from entropy_pl.estimators.snis import Normalize
 from entropy_pl.probe import MeasuredStep, StepMeasurement
 from entropy_pl.probe.step import noted
+from entropy_pl.records import Json
 from entropy_pl.reporting.attributed import ERRORS, TOTALS, AttributedTokens
-from entropy_pl.reporting.records import Record
 from entropy_pl.rollout import prompt_clusters
 
 
@@ -76,7 +76,7 @@ def attributed_tokens(
 
 def measured_record(
     measured: MeasuredStep, measurement: StepMeasurement, tokenizer: PreTrainedTokenizerBase, *, step: int, lr: float
-) -> tuple[Record, AttributedTokens | None]:
+) -> tuple[Json, AttributedTokens | None]:
     """Return what a record holds of a measured step, and every token of its U-batch where it was attributed.
 
     Args:
@@ -106,7 +106,7 @@ def measured_record(
                 matrix=attributed.matrix,
                 stderr=attributed.token_stderr,
             )
-            explained: Record = {"attribution": attribution.to_dict(lr, first_order) | tokens.summary()}
+            explained: Json = {"attribution": attribution.to_dict(lr, first_order) | tokens.summary()}
             if batch.advantages is None:
                 measurement.absent["predictors"] = "the U-batch has no advantages"
             else:

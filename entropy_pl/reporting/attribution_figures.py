@@ -7,7 +7,7 @@ itself: save one with ``figure.savefig(path)``, or hand it to ``SummaryWriter.ad
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -18,8 +18,8 @@ from matplotlib.font_manager import FontProperties, fontManager, get_font
 from numpy.typing import NDArray
 
 from entropy_pl.attribution.signs import NEGATIVE, POSITIVE, ZERO
+from entropy_pl.records import AnyRecord, number, probes_of
 from entropy_pl.reporting.attributed import DECILES, AttributedTokens
-from entropy_pl.reporting.components import COMPONENTS, part
 from entropy_pl.reporting.figures import (
     BELOW_POWER,
     FIRST_STYLE,
@@ -41,8 +41,8 @@ from entropy_pl.reporting.figures import (
     scientific,
     side_by_side,
     units_of,
+    values_of,
 )
-from entropy_pl.reporting.records import latest_per_step, number
 from entropy_pl.reporting.visible_text import shortened, visible
 
 LOWERS, RAISES = "#D55E00", "#0072B2"
@@ -273,7 +273,7 @@ def influence_share_figure(tokens: AttributedTokens) -> Figure:
     return figure
 
 
-def components_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+def components_figure(records: Sequence[AnyRecord]) -> Figure:
     """What the parts of each optimizer step did to the entropy, with δH₁ of the whole step, over the run.
 
     Args:
@@ -282,12 +282,12 @@ def components_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     Returns:
         A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
     """
-    kept = [record for record in latest_per_step(records) if record.get("attribution")]
-    parts = {name: [part(record, name) for record in kept] for name in (*COMPONENTS, "first_order")}
-    drawn = {name: found for name, found in parts.items() if np.isfinite(column(found, "value")).any()}
+    kept = [record for record in probes_of(records) if record.attribution]
+    parts = {name: [record.attribution.part(name) for record in kept] for name in (*COMPONENT_STYLES, "first_order")}
+    drawn = {name: found for name, found in parts.items() if np.isfinite(values_of(found)).any()}
     if not drawn:
         return empty_figure(f"no probe has attributed an entropy change yet ({len(records)} recorded)")
-    steps = np.array([record["step"] for record in kept], dtype=float)
+    steps = column(record.step for record in kept)
     figure = new_figure(height=4.2)
     axes: Axes = figure.subplots()
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
@@ -302,7 +302,7 @@ def components_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def exchange_rate_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+def exchange_rate_figure(records: Sequence[AnyRecord]) -> Figure:
     """The price of reward: ΔH against ΔJ of every step taken, and their ratio over the steps.
 
     Ratios whose interval has no bounds (ΔJ is not told from zero) are crosses on the horizontal axis.
@@ -313,8 +313,9 @@ def exchange_rate_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     Returns:
         A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
     """
-    kept, steps, (reward, entropy) = at_steps_taken(records, "reward_true", "true")
-    x, y = column(reward, "value"), column(entropy, "value")
+    kept, steps, points = at_steps_taken(records)
+    reward, entropy = [point.reward_true for point in points], [point.true for point in points]
+    x, y = values_of(reward), values_of(entropy)
     real = np.isfinite(x + y)
     if not real.any():
         return empty_figure(f"no probe has measured a change of reward yet ({len(records)} recorded)")
@@ -327,9 +328,9 @@ def exchange_rate_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     left.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
     finish(left, "y")
 
-    rates = [record.get("exchange_rate") for record in kept]
-    values = column(rates, "value")
-    bounded = np.array([bool((rate or {}).get("bounded")) for rate in rates]) & np.isfinite(values)
+    rates = [record.exchange_rate for record in kept]
+    values = values_of(rates)
+    bounded = np.array([bool(rate.bounded) for rate in rates]) & np.isfinite(values)
     unbounded = ~bounded & np.isfinite(values)
     right.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     right.errorbar(
@@ -395,7 +396,7 @@ def _group_means(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64]) -> 
 
 def _with_error(tokens: AttributedTokens, name: str, value: float) -> str:
     """``+1.2e-05 ± 3e-06 nats``, the standard error over E."""
-    stderr = number(tokens.errors.get(name), "stderr")
+    stderr = number(tokens.errors.get(name, {}).get("stderr"))
     return f"{value:+.2e}" + (f" ± {stderr:.0e}" if math.isfinite(stderr) else "") + " nats"
 
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from entropy_pl.attribution.signs import NEGATIVE, POSITIVE, ZERO
+from entropy_pl.records import Json, number
 from entropy_pl.reporting.attributed import NO_TOKEN_ERRORS, TOTALS, AttributedTokens
 from entropy_pl.reporting.page import minus, render, signed
-from entropy_pl.reporting.records import Record, number
 from entropy_pl.reporting.visible_text import shortened, visible
 
 LEVELS = 8  # steps of colour intensity, either way
@@ -137,7 +137,7 @@ def _without_errors(tokens: AttributedTokens) -> str:
     return " ".join([*said, "Sums over prompts have none."])
 
 
-def _totals(tokens: AttributedTokens) -> list[Record]:
+def _totals(tokens: AttributedTokens) -> list[Json]:
     whole = tokens.totals.get("first_order", math.nan)
     rows: list[tuple[str, str, float]] = []
     for name in TOTALS:
@@ -149,7 +149,7 @@ def _totals(tokens: AttributedTokens) -> list[Record]:
                 words = f"– with {SIGN_NAMES[sign]} ({int(chosen.sum())})"
                 rows.append((sign, words, float(tokens.values[chosen].sum())))
     over_e, over_u = (
-        {name: number(tokens.errors.get(name), key) for name, _, _ in rows} for key in ("stderr", "stderr_u")
+        {name: number(tokens.errors.get(name, {}).get(key)) for name, _, _ in rows} for key in ("stderr", "stderr_u")
     )
     return [
         {
@@ -162,7 +162,7 @@ def _totals(tokens: AttributedTokens) -> list[Record]:
     ]
 
 
-def _top(tokens: AttributedTokens) -> list[Record]:
+def _top(tokens: AttributedTokens) -> list[Json]:
     colours = _colours(tokens)
     return [
         {
@@ -180,12 +180,12 @@ def _top(tokens: AttributedTokens) -> list[Record]:
     ]
 
 
-def _groups(tokens: AttributedTokens, shown: list[int]) -> list[Record]:
+def _groups(tokens: AttributedTokens, shown: list[int]) -> list[Json]:
     """The completions to show, by prompt, in the order of the first one of each."""
     numbers, colours = tokens.prompt_numbers(), _colours(tokens)
     order = np.lexsort((tokens.position, tokens.sequence))
     ends = np.searchsorted(tokens.sequence[order], np.arange(len(tokens.prompts) + 1))
-    groups: dict[int, Record] = {}
+    groups: dict[int, Json] = {}
     for place, row in enumerate(shown):
         prompt = visible(tokens.prompts[row], break_lines=True)
         same = numbers == numbers[row]
@@ -214,7 +214,7 @@ def _groups(tokens: AttributedTokens, shown: list[int]) -> list[Record]:
     return list(groups.values())
 
 
-def _token(tokens: AttributedTokens, index: int, colour: str) -> Record:
+def _token(tokens: AttributedTokens, index: int, colour: str) -> Json:
     numbers = [
         f"{_of_token(tokens, index)} nats",
         f"log π {tokens.logp[index]:.3g}",
@@ -240,7 +240,7 @@ def _colours(tokens: AttributedTokens) -> list[str]:
     return [f"{'l' if value < 0 else 'r'}{level}" if level else "" for value, level in zip(values, levels, strict=True)]
 
 
-def _legend(tokens: AttributedTokens) -> list[Record]:
+def _legend(tokens: AttributedTokens) -> list[Json]:
     """Every second level with the value it begins at."""
     scale = _scale(tokens)
     levels = range(LEVELS, 0, -2) if scale else ()

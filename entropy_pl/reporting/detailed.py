@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from entropy_pl.estimators import EntropyChange
-from entropy_pl.reporting.records import Record, to_json
+from entropy_pl.records import Json, to_json
 from entropy_pl.rollout import Rollout, TokenStats
 
 Level = Literal["minimal", "standard", "detailed", "debug"]
@@ -188,7 +188,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(to_json(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def summary_record(batch: MeasuredBatch, *, config: Mapping[str, Any], seconds: float) -> Record:
+def summary_record(batch: MeasuredBatch, *, config: Mapping[str, Any], seconds: float) -> Json:
     """What the level ``minimal`` keeps of a measurement: the sweep's values without their error bars.
 
     Args:
@@ -213,7 +213,7 @@ def summary_record(batch: MeasuredBatch, *, config: Mapping[str, Any], seconds: 
     }
 
 
-def sequence_records(batch: MeasuredBatch, *, texts: bool = True) -> Iterator[Record]:
+def sequence_records(batch: MeasuredBatch, *, texts: bool = True) -> Iterator[Json]:
     """One record per sequence of the E-batch, in its order.
 
     Args:
@@ -240,7 +240,7 @@ def sequence_records(batch: MeasuredBatch, *, texts: bool = True) -> Iterator[Re
     return _rows(columns)
 
 
-def token_records(batch: MeasuredBatch) -> Iterator[Record]:
+def token_records(batch: MeasuredBatch) -> Iterator[Json]:
     """One record per sequence of the E-batch, in its order, with one number per completion token under every key.
 
     Args:
@@ -289,7 +289,7 @@ def raw_tensors(batch: MeasuredBatch) -> dict[str, Tensor]:
     }
 
 
-def _per_sequence(batch: MeasuredBatch, eta: float) -> list[Record]:
+def _per_sequence(batch: MeasuredBatch, eta: float) -> list[Json]:
     """What one step size of the sweep says of every sequence."""
     shifted = batch.shifted[eta]
     columns = {
@@ -300,6 +300,6 @@ def _per_sequence(batch: MeasuredBatch, eta: float) -> list[Record]:
     return [{"eta": eta, **row} for row in _rows(columns)]
 
 
-def _rows(columns: Mapping[str, Sequence[Any]]) -> Iterator[Record]:
+def _rows(columns: Mapping[str, Sequence[Any]]) -> Iterator[Json]:
     """Columns of one length, row by row."""
     return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))

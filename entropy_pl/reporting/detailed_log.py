@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from entropy_pl.files import written_whole
+from entropy_pl.records import SCHEMA, RecordWriter
 from entropy_pl.reporting.detailed import (
     Kind,
     LoggingSettings,
@@ -27,7 +28,6 @@ from entropy_pl.reporting.detailed import (
     summary_record,
     token_records,
 )
-from entropy_pl.reporting.records import SCHEMA, RecordWriter
 
 if sys.platform != "win32":
     import fcntl

@@ -7,7 +7,7 @@ close. Save one with ``figure.savefig(path)``, or hand it to ``SummaryWriter.add
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from entropy_pl.reporting.records import Record, latest_per_step, number, taken_point
+from entropy_pl.records import AnyRecord, EstimateRecord, PointRecord, Record, number, probes_of
 from entropy_pl.reporting.table import DASH, eta_star_shown
-from entropy_pl.reporting.trust import UNTRUSTED, untrustworthy
+from entropy_pl.reporting.trust import UNTRUSTED
 
 WIDTH, DPI = 7.5, 120  # inches, dots per inch: 900 pixels
 NARROW = 5.0  # inches: in a narrower figure panels stand below each other, and legends below the axes
@@ -59,7 +59,7 @@ RASTERIZED = 200  # points from which a scatter is drawn as an image: in a vecto
 WIDE = 30.0  # a sweep whose largest η is this many times its smallest is drawn over log η
 
 
-def delta_entropy_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+def delta_entropy_figure(records: Sequence[AnyRecord]) -> Figure:
     """ΔH and δH₁ of the steps really taken, against the optimizer step, each with its confidence band.
 
     Steps probed without a result (failed, skipped, no movement) interrupt the curves and are marked by a cross on the
@@ -72,14 +72,14 @@ def delta_entropy_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     Returns:
         A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
     """
-    records = latest_per_step(records)
-    taken = [taken_point(record) or {} for record in records]
-    true, first_order = ([point.get(key) for point in taken] for key in ("true", "first_order"))
-    missing = ~np.isfinite(column(true, "value") + column(first_order, "value"))
+    probes = probes_of(records)
+    true = [probe.taken.true for probe in probes]
+    first_order = [probe.taken.first_order for probe in probes]
+    missing = ~np.isfinite(values_of(true) + values_of(first_order))
     if missing.all():
-        return empty_figure(f"no probe has measured an entropy change yet ({len(records)} recorded)")
-    steps = np.array([record["step"] for record in records], dtype=float)
-    rewards = column(records, "reward")
+        return empty_figure(f"no probe has measured an entropy change yet ({len(probes)} recorded)")
+    steps = column(probe.step for probe in probes)
+    rewards = column(probe.reward for probe in probes)
     with_reward = bool(np.isfinite(rewards).any())
 
     figure = new_figure(height=5.2 if with_reward else 4.0)
@@ -90,13 +90,13 @@ def delta_entropy_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     banded_curve(axes, steps, true, TRUE_STYLE, r"true, $\Delta H$", filled=True)
     banded_curve(axes, steps, first_order, FIRST_STYLE, r"first order, $\delta H_1$", filled=False)
-    _mark_untrusted(axes, steps, column(true, "value"), true)
+    _mark_untrusted(axes, steps, values_of(true), true)
     if missing.any():
         style: dict[str, Any] = {"color": GREY, "transform": axes.get_xaxis_transform(), "clip_on": False}
         axes.plot(steps[missing], np.zeros(missing.sum()), "x", label="probed, no result", **style)
-    axes.set_ylabel(f"entropy change of the step\n[{units_of(records)}]")
+    axes.set_ylabel(f"entropy change of the step\n[{units_of(probes)}]")
     finish(axes, "y")
-    place_legend(figure, axes, title=interval_title(records))
+    place_legend(figure, axes, title=interval_title(probes))
     if with_reward:
         rows[1, 0].plot(steps, rewards, color="#333333", marker=".", linewidth=1.2)
         rows[1, 0].set_ylabel("mean reward")
@@ -106,7 +106,7 @@ def delta_entropy_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
+def eta_sweep_figure(record: AnyRecord) -> Figure:
     """ΔH against the step size η along one step's update, beside the straight line δH₁·η.
 
     The parabola δH₁·η + ½ η² v'∇²Hv is drawn where the record has a second order; η*, where the straight line stops
@@ -120,14 +120,14 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
     Returns:
         A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
     """
-    sweep = [point for point in record.get("sweep") or () if math.isfinite(number(point, "eta"))]
-    offline = record.get("kind") == "measurement"
-    step = "update" if record.get("step") is None else f"optimizer step {record['step']}"
-    if record.get("status", "ok") != "ok" or not sweep:
-        reason = ": ".join(str(record[key]) for key in ("status", "message") if record.get(key))
+    record = Record.of(record)
+    sweep = [point for point in record.sweep if point.eta is not None]
+    step = "update" if record.step is None else f"optimizer step {record.step}"
+    if not record.is_ok or not sweep:
+        reason = ": ".join(filter(None, (record.status, record.message)))
         return empty_figure(f"{step}: no η-sweep to draw ({reason or 'no points'})")
 
-    etas = column(sweep, "eta")
+    etas = column(point.eta for point in sweep)
     per_eta = bool(etas.min() > 0 and etas.max() >= WIDE * etas.min())
     figure = new_figure(height=4.2)
     axes: Axes = figure.subplots()
@@ -139,17 +139,17 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
     else:
         grid = np.linspace(min(0.0, etas.min()), max(0.0, etas.max()), 201)
     handles += _predictions(axes, grid, record, per_eta)
-    true = [point.get("true") for point in sweep]
-    handles += _mark_untrusted(axes, etas, column(true, "value") / (etas if per_eta else 1), true)
-    title, eta_star = step, number(record, "eta_star")
+    true = [point.true for point in sweep]
+    handles += _mark_untrusted(axes, etas, values_of(true) / (etas if per_eta else 1), true)
+    title, eta_star = step, number(record.eta_star)
     if (interval := eta_star_shown(record)) != DASH:
         title += rf",  $\eta^*$ {interval}"
     if grid[0] <= eta_star <= grid[-1]:
         handles.append(axes.axvline(eta_star, color=GREY, linestyle=":", linewidth=1.4, label=r"$\eta^*$"))
     for eta, point in zip(etas, sweep, strict=True):
-        if point.get("taken"):
-            value = number(point.get("true"), "value") / (eta if per_eta else 1)
-            label = rf"{'one step' if offline else 'step taken'}, $\eta$ = {scientific(eta)}"
+        if point.taken:
+            value = number(point.true.value) / (eta if per_eta else 1)
+            label = rf"{'one step' if record.is_measurement else 'step taken'}, $\eta$ = {scientific(eta)}"
             handles += axes.plot(
                 eta, value, "o", markersize=13, markerfacecolor="none", markeredgecolor="black", zorder=5, label=label
             )
@@ -167,22 +167,22 @@ def eta_sweep_figure(record: Mapping[str, Any]) -> Figure:
 
 
 def _measured_changes(
-    axes: Axes, etas: NDArray[np.float64], sweep: Sequence[Record], per_eta: bool
+    axes: Axes, etas: NDArray[np.float64], sweep: Sequence[PointRecord], per_eta: bool
 ) -> ErrorbarContainer:
     """ΔH, or ΔH/η, at every η with its confidence interval."""
-    true = [point.get("true") for point in sweep]
+    true = [point.true for point in sweep]
     scale = etas if per_eta else np.ones_like(etas)
-    values, low, high = (column(true, key) / scale for key in ("value", "ci_low", "ci_high"))
+    values, (low, high) = values_of(true) / scale, ends_of(true) / scale
     style = {**TRUE_STYLE, "linestyle": "none"}
     label = r"true, $\Delta H(\eta)\,/\,\eta$" if per_eta else r"true, $\Delta H(\eta)$"
     margins = np.abs(np.stack([low, high]) - values)
     return axes.errorbar(etas, values, yerr=margins, capsize=3, elinewidth=1.2, zorder=4, label=label, **style)
 
 
-def _predictions(axes: Axes, grid: NDArray[np.float64], record: Mapping[str, Any], per_eta: bool) -> list[Artist]:
+def _predictions(axes: Axes, grid: NDArray[np.float64], record: Record, per_eta: bool) -> list[Artist]:
     """The straight line with its band, and the parabola, over the step sizes ``grid``."""
-    first, curvature = record.get("first_order"), number(record.get("second_order"), "value")
-    slope, low, high = (number(first, key) for key in ("value", "ci_low", "ci_high"))
+    first, curvature = record.first_order, number(record.second_order.value)
+    slope, low, high = number(first.value), number(first.ci_low), number(first.ci_high)
     scale = np.ones_like(grid) if per_eta else grid
     handles: list[Artist] = []
     if math.isfinite(slope):
@@ -197,24 +197,24 @@ def _predictions(axes: Axes, grid: NDArray[np.float64], record: Mapping[str, Any
 
 
 def _mark_untrusted(
-    axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], estimates: Sequence[Mapping[str, Any] | None]
+    axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], estimates: Sequence[EstimateRecord]
 ) -> list[Artist]:
     """A hollow grey marker over every point that must not be believed."""
-    these = np.array([untrustworthy(estimate) for estimate in estimates])
+    these = np.array([estimate.untrustworthy for estimate in estimates])
     return list(axes.plot(x[these], y[these], label=UNTRUSTED, **UNTRUSTED_STYLE)) if these.any() else []
 
 
 def banded_curve(
     axes: Axes,
     steps: NDArray[np.float64],
-    estimates: Sequence[Mapping[str, Any] | None],
+    estimates: Sequence[EstimateRecord],
     style: Mapping[str, Any],
     label: str,
     *,
     filled: bool,
 ) -> None:
     """A curve with its confidence band: a filled one, or one drawn by its two edges."""
-    values, low, high = (column(estimates, key) for key in ("value", "ci_low", "ci_high"))
+    values, (low, high) = values_of(estimates), ends_of(estimates)
     every = 1 + len(steps) // 50  # markers of a long run would hide its curve
     axes.plot(steps, values, label=label, zorder=3 if filled else 4, markevery=every, **style)
     colour = style["color"]
@@ -235,11 +235,11 @@ def scatter_of_steps(
     figure: Figure,
     axes: Axes,
     steps: NDArray[np.float64],
-    across: Sequence[Mapping[str, Any] | None],
-    upwards: Sequence[Mapping[str, Any] | None],
+    across: Sequence[EstimateRecord],
+    upwards: Sequence[EstimateRecord],
 ) -> None:
     """One estimate against another, a point with both intervals for every step that has both, coloured by the step."""
-    x, y = column(across, "value"), column(upwards, "value")
+    x, y = values_of(across), values_of(upwards)
     real = np.isfinite(x + y)
     x, y, xerr, yerr = x[real], y[real], margins(across)[:, real], margins(upwards)[:, real]
     as_image = len(x) > RASTERIZED
@@ -251,36 +251,42 @@ def scatter_of_steps(
         figure.colorbar(points, ax=axes, label="optimizer step", aspect=40, pad=0.02, ticks=_whole_numbers())
 
 
-def at_steps_taken(
-    records: Sequence[Mapping[str, Any]], *keys: str
-) -> tuple[list[Record], NDArray[np.float64], list[list[Mapping[str, Any] | None]]]:
-    """The probes that measured the step taken, their steps, and these estimates of it, a list for each key."""
-    kept = [record for record in latest_per_step(records) if taken_point(record) is not None]
-    points = [taken_point(record) or {} for record in kept]
-    steps = np.array([record["step"] for record in kept], dtype=float)
-    return kept, steps, [[point.get(key) for point in points] for key in keys]
+def at_steps_taken(records: Sequence[AnyRecord]) -> tuple[list[Record], NDArray[np.float64], list[PointRecord]]:
+    """Return the probes that measured the step taken, their steps, and their points of that step."""
+    kept = [record for record in probes_of(records) if record.taken]
+    return kept, column(record.step for record in kept), [record.taken for record in kept]
 
 
-def margins(estimates: Sequence[Mapping[str, Any] | None]) -> NDArray[np.float64]:
-    """Lengths of the error bars of an interval, downwards and upwards, ``[2, n]``; 0 where there is none."""
-    ends = np.stack([column(estimates, key) for key in ("ci_low", "ci_high")])
-    return np.nan_to_num(np.abs(ends - column(estimates, "value")))
+def margins(estimates: Sequence[EstimateRecord]) -> NDArray[np.float64]:
+    """Return lengths of the error bars of an interval, downwards and upwards, ``[2, n]``; 0 where there is none."""
+    return np.nan_to_num(np.abs(ends_of(estimates) - values_of(estimates)))
 
 
-def column(rows: Sequence[Mapping[str, Any] | None], key: str) -> NDArray[np.float64]:
-    """One number of every row, NaN where it has none."""
-    return np.array([number(row, key) for row in rows])
+def values_of(estimates: Sequence[EstimateRecord]) -> NDArray[np.float64]:
+    """Return the values of estimates, ``[n]``, NaN where one has none."""
+    return column(estimate.value for estimate in estimates)
 
 
-def units_of(records: Sequence[Mapping[str, Any]]) -> str:
+def ends_of(estimates: Sequence[EstimateRecord]) -> NDArray[np.float64]:
+    """Return lower and upper ends of their intervals, ``[2, n]``, NaN where one has none."""
+    lows, highs = column(each.ci_low for each in estimates), column(each.ci_high for each in estimates)
+    return np.stack([lows, highs])
+
+
+def column(numbers: Iterable[float | None]) -> NDArray[np.float64]:
+    """Return numbers of records as an array, NaN where one is not there."""
+    return np.array([number(value) for value in numbers])
+
+
+def units_of(records: Sequence[Record]) -> str:
     """``nats per token`` or ``nats per sequence``, where the records agree on it."""
-    found = {str(record["normalize"]) for record in records if record.get("normalize")}
+    found = {record.normalize for record in records if record.normalize}
     return f"nats {found.pop().replace('_', ' ')}" if len(found) == 1 else "nats"
 
 
-def interval_title(records: Sequence[Mapping[str, Any]]) -> str:
+def interval_title(records: Sequence[Record]) -> str:
     """``95 % confidence intervals``, where the records agree on the level."""
-    found = {record["confidence"] for record in records if record.get("confidence")}
+    found = {record.confidence for record in records if record.confidence}
     return f"{100 * found.pop():g} % confidence intervals" if len(found) == 1 else "confidence intervals"
 
 

@@ -11,15 +11,15 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from entropy_pl.records import Json
 from entropy_pl.reporting.figures import WIDTH, figures_of_width
-from entropy_pl.reporting.records import Record
 
 PHONE = 3.73  # inches at 96 pixels: a phone of 390 pixels less the page's margins
 SMALLEST = 9.0  # points: 12 pixels
 SCROLLED = 8.0  # likewise, where the picture is never shown narrower than 52 rem
 
 
-def picture(draw: Callable[[], Figure], words: str, *, scrolls: bool = False) -> Record:
+def picture(draw: Callable[[], Figure], words: str, *, scrolls: bool = False) -> Json:
     """A figure as the page's template takes it: drawings as ``data:`` addresses of SVG, texts as outlines.
 
     An address of its own keeps each drawing's ids apart from every other's, and no text of a record reaches the page's
@@ -42,7 +42,7 @@ def picture(draw: Callable[[], Figure], words: str, *, scrolls: bool = False) ->
     }
 
 
-def _drawing(draw: Callable[[], Figure], width: float, smallest: float) -> Record:
+def _drawing(draw: Callable[[], Figure], width: float, smallest: float) -> Json:
     with figures_of_width(width):
         figure = draw()
     for text in figure.findobj(Text):

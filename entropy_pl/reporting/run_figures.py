@@ -6,13 +6,13 @@ Drawn as :mod:`entropy_pl.reporting.figures` draws, on matplotlib's `Figure` its
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from entropy_pl.records import AnyRecord, number, probes_of
 from entropy_pl.reporting.figures import (
     BELOW_POWER,
     FIRST_STYLE,
@@ -31,16 +31,14 @@ from entropy_pl.reporting.figures import (
     scatter_of_steps,
     side_by_side,
     units_of,
+    values_of,
 )
-from entropy_pl.reporting.records import Record, latest_per_step, number, taken_point
-
-Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Steps and values of what a trainer logged, ``[n]`` each."""
+from entropy_pl.reporting.run_folder import Curve
 
 POINTS = 400  # of a trainer's curve; of a longer one, the means of so many stretches
 
 
-def training_figure(records: Sequence[Mapping[str, Any]], curves: Mapping[str, Curve] | None = None) -> Figure:
+def training_figure(records: Sequence[AnyRecord], curves: Mapping[str, Curve] | None = None) -> Figure:
     """Reward and entropy over the optimizer steps: what the probe measured on its E-batch, and what the trainer logged.
 
     Args:
@@ -51,23 +49,23 @@ def training_figure(records: Sequence[Mapping[str, Any]], curves: Mapping[str, C
     Returns:
         A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
     """
-    records, curves = latest_per_step(records), curves or {}
-    steps = np.array([record["step"] for record in records], dtype=float)
-    measured: dict[str, list[Mapping[str, Any] | None]] = {
-        "reward": [record.get("expected_reward") for record in records],
-        "entropy": [record.get("entropy") for record in records],
+    probes, curves = probes_of(records), curves or {}
+    steps = column(probe.step for probe in probes)
+    measured = {
+        "reward": [probe.expected_reward for probe in probes],
+        "entropy": [probe.entropy for probe in probes],
     }
-    noted = column(records, "reward")
-    labels = {"reward": "mean reward", "entropy": f"entropy\n[{units_of(records)}]"}
+    noted = column(probe.reward for probe in probes)
+    labels = {"reward": "mean reward", "entropy": f"entropy\n[{units_of(probes)}]"}
     drawn = [
         name
         for name in labels
         if len(curves.get(name, ((), ()))[0])
-        or np.isfinite(column(measured[name], "value")).any()
+        or np.isfinite(values_of(measured[name])).any()
         or (name == "reward" and np.isfinite(noted).any())
     ]
     if not drawn:
-        return empty_figure(f"neither reward nor entropy was recorded ({len(records)} probes)")
+        return empty_figure(f"neither reward nor entropy was recorded ({len(probes)} probes)")
     figure = new_figure(height=0.6 + 2.3 * len(drawn))
     rows = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(rows, drawn, strict=True):
@@ -75,7 +73,7 @@ def training_figure(records: Sequence[Mapping[str, Any]], curves: Mapping[str, C
             axes.plot(*_thinned(*curves[name]), color=GREY, linewidth=1.2, label="training batches, as logged")
         elif name == "reward" and np.isfinite(noted).any():
             axes.plot(steps, noted, color=GREY, marker=".", linewidth=1.2, label="training batch of the probed step")
-        if np.isfinite(column(measured[name], "value")).any():
+        if np.isfinite(values_of(measured[name])).any():
             banded_curve(axes, steps, measured[name], TRUE_STYLE, "E-batch of the probe", filled=True)
         axes.set_ylabel(labels[name])
         finish(axes, "y")
@@ -87,7 +85,7 @@ def training_figure(records: Sequence[Mapping[str, Any]], curves: Mapping[str, C
     return figure
 
 
-def calibration_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+def calibration_figure(records: Sequence[AnyRecord]) -> Figure:
     """ΔH against δH₁ of every step taken, beside the diagonal; and their gap in standard errors of ΔH, over the steps.
 
     Both come from the same samples, so that their noise is largely the same: the points lie far closer to the diagonal
@@ -100,8 +98,9 @@ def calibration_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     Returns:
         A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
     """
-    kept, steps, (first, true) = at_steps_taken(records, "first_order", "true")
-    x, y = column(first, "value"), column(true, "value")
+    kept, steps, points = at_steps_taken(records)
+    first, true = [point.first_order for point in points], [point.true for point in points]
+    x, y = values_of(first), values_of(true)
     real = np.isfinite(x + y)
     if not real.any():
         return empty_figure(f"no probe has measured an entropy change yet ({len(records)} recorded)")
@@ -115,7 +114,7 @@ def calibration_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     left.legend(fontsize=9, frameon=False, title=interval_title(kept), title_fontsize=8)
     finish(left, "both")
 
-    errors = column(true, "stderr")
+    errors = column(estimate.stderr for estimate in true)
     gap = np.divide(y - x, errors, out=np.full_like(x, np.nan), where=errors > 0)
     for line in (-1.0, 0.0, 1.0):
         right.axhline(line, color=GREY, linewidth=0.8, linestyle=":" if line else "-", zorder=1)
@@ -126,7 +125,7 @@ def calibration_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def step_size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+def step_size_figure(records: Sequence[AnyRecord]) -> Figure:
     """η*, where the straight line stops being the truth, over the steps, beside the learning rate that was taken.
 
     Args:
@@ -136,11 +135,13 @@ def step_size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         A figure 900 pixels wide, its vertical axis logarithmic, η* with its confidence interval, an arrow where that
         has no upper end; with a line of text saying so where there is nothing to draw.
     """
-    kept = [record for record in latest_per_step(records) if number(record, "eta_star") > 0]
+    kept = [record for record in probes_of(records) if number(record.eta_star) > 0]
     if not kept:
         return empty_figure(f"no probe has found an η* yet ({len(records)} recorded)")
-    steps = np.array([record["step"] for record in kept], dtype=float)
-    stars, lows, highs, rates = (column(kept, key) for key in ("eta_star", "eta_star_ci_low", "eta_star_ci_high", "lr"))
+    steps, stars = column(record.step for record in kept), column(record.eta_star for record in kept)
+    lows = column(record.eta_star_ci_low for record in kept)
+    highs = column(record.eta_star_ci_high for record in kept)
+    rates = column(record.lr for record in kept)
     figure = new_figure(height=3.4)
     axes: Axes = figure.subplots()
     axes.set_yscale("log")
@@ -169,7 +170,7 @@ def step_size_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def ess_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+def ess_figure(records: Sequence[AnyRecord]) -> Figure:
     """Effective sample size of ΔH's importance weights, as a fraction of N: at the step taken, and at the largest η.
 
     Args:
@@ -178,14 +179,12 @@ def ess_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     Returns:
         A figure 900 pixels wide; with a line of text saying so where there is nothing to draw.
     """
-    kept = [record for record in latest_per_step(records) if record.get("sweep")]
-    at_taken = np.array([ess_fraction(taken_point(record)) for record in kept])
-    at_largest = np.array(
-        [ess_fraction(max(record["sweep"], key=lambda point: number(point, "eta"))) for record in kept]
-    )
+    kept = [record for record in probes_of(records) if record.sweep]
+    at_taken = column(record.taken.ess_fraction for record in kept)
+    at_largest = column(max(record.sweep, key=lambda point: number(point.eta)).ess_fraction for record in kept)
     if not np.isfinite(np.concatenate([at_taken, at_largest])).any():
         return empty_figure(f"no effective sample size was recorded ({len(records)} probes)")
-    steps = np.array([record["step"] for record in kept], dtype=float)
+    steps = column(record.step for record in kept)
     figure = new_figure(height=3.0)
     axes: Axes = figure.subplots()
     axes.plot(steps, at_taken, color=TRUE_STYLE["color"], marker="o", markersize=5, label="at the step taken")
@@ -198,13 +197,6 @@ def ess_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     over_steps(axes, steps)
     place_legend(figure, axes)
     return figure
-
-
-def ess_fraction(point: Record | None) -> float:
-    """The ESS of ΔH at one point of a sweep over its number of sequences, in [0, 1]; NaN where it is not known."""
-    true = (point or {}).get("true")
-    sequences = number(true, "n_sequences")
-    return number(true, "ess") / sequences if sequences else np.nan
 
 
 def _thinned(steps: NDArray[np.float64], values: NDArray[np.float64]) -> Curve:

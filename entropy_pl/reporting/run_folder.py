@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from entropy_pl.reporting.records import Record, current, read_records
-from entropy_pl.reporting.run_figures import Curve
+from entropy_pl.records import Record
+from entropy_pl.runs.folder import find_records, records_in
 
-FOLDER, RECORDS, RESULTS = "entropy_probe", "records.jsonl", "results.json"
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Steps and values of what a trainer logged, ``[n]`` each."""
+
 CURVES = ("reward", "entropy")
 OURS = "entropy_probe/"  # tags that are the records' own numbers
 HELD_OUT = {"eval", "val", "valid", "validation", "test"}  # of tags that are no training batch's
@@ -56,7 +57,7 @@ class RunFolder:
     @property
     def is_measurement(self) -> bool:
         """Whether it is one offline measurement's rather than a training run's."""
-        return any(record.get("kind") == "measurement" for record in self.records)
+        return any(record.is_measurement for record in self.records)
 
 
 def read_run(path: str | os.PathLike[str]) -> RunFolder:
@@ -69,65 +70,12 @@ def read_run(path: str | os.PathLike[str]) -> RunFolder:
     Raises:
         ValueError: if there are no records in it, or those of several runs.
     """
-    run, file = _find(Path(path))
-    damaged: list[str] = []
-    records = _measurement(file) if file.name == RESULTS else _probes(file, damaged)
+    run, file = find_records(Path(path))
+    records, damaged = records_in(file)
     text, config = _config(run, damaged)
     probe = file.parent
     files, pages = _tokens(probe, records, "npz"), _tokens(probe, records, "html")
     return RunFolder(run, probe, records, damaged, text, config, _curves(run, damaged), files, pages)
-
-
-def _find(path: Path) -> tuple[Path, Path]:
-    """The run's folder, and the file of its records or results."""
-    expected = f"expected a run's folder with {FOLDER}/{RECORDS}, got {path}"
-    if not path.exists():
-        raise ValueError(f"{expected}: there is no such folder")
-    if not path.is_dir():
-        if path.name not in (RECORDS, RESULTS):
-            raise ValueError(f"{expected}, which is a file: give the folder it lies in")
-        path = path.parent
-    for file in (path / FOLDER / RECORDS, path / RECORDS, path / RESULTS):
-        if file.is_file():
-            return (path.parent if path.name == FOLDER else path), file
-    found = sorted({file.parents[1] for steps in ("*", "*/*") for file in path.glob(f"{steps}/{FOLDER}/{RECORDS}")})
-    if not found:
-        inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        raise ValueError(
-            f"{expected}, which holds {inside}: give the folder of a run that a probe was attached to, or the "
-            "output_directory of entropy-pl measure"
-        )
-    if len(found) > 1:
-        names = ", ".join(str(run) for run in found[:8]) + (", ..." if len(found) > 8 else "")
-        raise ValueError(f"expected the folder of one run, got {path}, which holds {len(found)}: give one of {names}")
-    return found[0], found[0] / FOLDER / RECORDS
-
-
-def _measurement(file: Path) -> list[Record]:
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected {file} to hold the results of a measurement, got no JSON: {error}") from error
-    if not isinstance(results, dict) or results.get("kind") != "measurement":
-        raise ValueError(f"expected {file} to hold the results of a measurement, got something else")
-    try:
-        return [current(results)]
-    except ValueError as error:
-        raise ValueError(f"expected {file} to hold the results of a measurement: {error}") from error
-
-
-def _probes(file: Path, damaged: list[str]) -> list[Record]:
-    """The records of all probes; lines that are none go to ``damaged``."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        records = read_records(file)
-    damaged += [str(warning.message) for warning in caught]
-    probes = [record for record in records if record.get("kind", "probe") == "probe"]
-    whole = [record for record in probes if type(record.get("step")) is int]
-    if len(whole) < len(probes):
-        count = len(probes) - len(whole)
-        damaged.append(f"{file}: records without a whole number as their step were left out: {count}")
-    return whole
 
 
 def _config(run: Path, damaged: list[str]) -> tuple[str, dict[str, Any]]:
@@ -151,7 +99,7 @@ def _config(run: Path, damaged: list[str]) -> tuple[str, dict[str, Any]]:
 def _tokens(probe: Path, records: list[Record], ending: str) -> dict[int | None, Path]:
     """Files of attributed tokens by step: one of a measurement, one of every probe of a run."""
     if (alone := probe / f"attribution.{ending}").is_file():
-        return {records[0].get("step"): alone}
+        return {records[0].step: alone}
     numbered = [(file.stem.removeprefix("step_"), file) for file in sorted(probe.glob(f"attribution/step_*.{ending}"))]
     return {int(step): file for step, file in numbered if step.isdecimal()}
 

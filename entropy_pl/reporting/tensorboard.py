@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -13,23 +13,21 @@ from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 from torch.utils.tensorboard import SummaryWriter
 
 from entropy_pl.attribution.signs import NEGATIVE, POSITIVE
-from entropy_pl.reporting.components import COMPONENTS, part
-from entropy_pl.reporting.records import Record, number, taken_point
+from entropy_pl.records import AnyRecord, EstimateRecord, PointRecord, Record, number
 
 PREFIX = "entropy_probe/"
 ENTROPY, DELTA_H_TRUE, DELTA_H1 = f"{PREFIX}entropy", f"{PREFIX}delta_h_true", f"{PREFIX}delta_h1"
 DELTA_J_TRUE, DELTA_J1, EXCHANGE_RATE = f"{PREFIX}delta_j_true", f"{PREFIX}delta_j1", f"{PREFIX}exchange_rate"
-ETA_STAR = ("eta_star", "eta_star_ci_low", "eta_star_ci_high")
 WARNINGS = f"{PREFIX}warnings"
-ATTRIBUTED = (*COMPONENTS, "first_order", POSITIVE, NEGATIVE)
+ATTRIBUTED = ("momentum", "weight_decay", "tokens", "remainder", "first_order", POSITIVE, NEGATIVE)
 AGREEMENTS = ("pearson", "spearman", "sign_agreement", "step_pearson", "step_spearman")
 
 
-def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+def scalars(record: AnyRecord) -> dict[str, float]:
     """The scalars of one record, by TensorBoard tag.
 
     Args:
-        record: a probe's record (see :mod:`entropy_pl.reporting.records`).
+        record: a probe's record.
 
     Returns:
         ``entropy_probe/entropy``, ``entropy_probe/delta_h_true`` and ``entropy_probe/delta_h1``, each with its
@@ -50,43 +48,42 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
         What is absent or not finite is left out.
     """
-    taken = taken_point(record) or {}
+    record = Record.of(record)
+    taken = record.taken
     values: dict[str, float] = {}
     for tag, estimate in _estimates(record, taken).items():
-        values[tag] = number(estimate, "value")
-        values[f"{tag}_ci_low"] = number(estimate, "ci_low")
-        values[f"{tag}_ci_high"] = number(estimate, "ci_high")
-    n_sequences = number(taken.get("true"), "n_sequences")
-    if n_sequences:
-        values[f"{PREFIX}ess_fraction"] = number(taken.get("true"), "ess") / n_sequences
-    values |= {f"{PREFIX}{name}": number(record, name) for name in ETA_STAR}
-    values[f"{PREFIX}update_norm"] = number(record, "update_norm")
-    values[f"{PREFIX}overhead"] = number(record, "overhead")
-    for name, predictor in (record.get("predictors") or {}).items():
+        values[tag] = number(estimate.value)
+        values[f"{tag}_ci_low"] = number(estimate.ci_low)
+        values[f"{tag}_ci_high"] = number(estimate.ci_high)
+    values |= {
+        f"{PREFIX}ess_fraction": taken.ess_fraction,
+        f"{PREFIX}eta_star": number(record.eta_star),
+        f"{PREFIX}eta_star_ci_low": number(record.eta_star_ci_low),
+        f"{PREFIX}eta_star_ci_high": number(record.eta_star_ci_high),
+        f"{PREFIX}update_norm": number(record.update_norm),
+        f"{PREFIX}overhead": number(record.overhead),
+    }
+    for name, predictor in record.predictors.items():
         for key in (f"{measure}{end}" for measure in AGREEMENTS for end in ("", "_ci_low", "_ci_high")):
-            agreement = (predictor or {}).get(key)
-            estimate = agreement if isinstance(agreement, Mapping) else {"value": agreement}
-            values[f"{PREFIX}predictors/{name}/{key}"] = number(estimate, "value")
+            values[f"{PREFIX}predictors/{name}/{key}"] = number(getattr(predictor, key, None))
     return {tag: value for tag, value in values.items() if math.isfinite(value)}
 
 
-def _estimates(record: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Mapping[str, Any] | None]:
-    """Everything with an interval, by tag."""
-    rate: Record = dict(record.get("exchange_rate") or {})
-    if not rate.get("bounded"):
-        rate = {"value": rate.get("value")}
-    estimates: dict[str, Mapping[str, Any] | None] = {
-        ENTROPY: record.get("entropy"),
-        DELTA_H_TRUE: taken.get("true"),
-        DELTA_H1: taken.get("first_order"),
-        DELTA_J_TRUE: taken.get("reward_true"),
-        DELTA_J1: taken.get("reward_first_order"),
-        EXCHANGE_RATE: rate,
+def _estimates(record: Record, taken: PointRecord) -> dict[str, EstimateRecord]:
+    """Return everything with an interval, by tag."""
+    rate = record.exchange_rate
+    estimates = {
+        ENTROPY: record.entropy,
+        DELTA_H_TRUE: taken.true,
+        DELTA_H1: taken.first_order,
+        DELTA_J_TRUE: taken.reward_true,
+        DELTA_J1: taken.reward_first_order,
+        EXCHANGE_RATE: rate if rate.bounded else EstimateRecord(value=rate.value),
     }
-    estimates |= {f"{PREFIX}attribution/{name}": part(record, name) for name in ATTRIBUTED}
-    for name, counterfactual in (record.get("counterfactuals") or {}).items():
-        estimates[_counterfactual(name)] = (counterfactual or {}).get("true")
-        estimates[f"{PREFIX}counterfactuals/{name}/delta_j"] = (counterfactual or {}).get("reward_true")
+    estimates |= {f"{PREFIX}attribution/{name}": record.attribution.part(name) for name in ATTRIBUTED}
+    for name, other in record.counterfactuals.items():
+        estimates[_counterfactual(name)] = other.true
+        estimates[f"{PREFIX}counterfactuals/{name}/delta_j"] = other.reward_true
     return estimates
 
 

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+
+from entropy_pl.records import PointRecord, Record
 
 UNTRUSTED = "not to be trusted: see the warnings"
 
 
-def untrustworthy(estimate: Mapping[str, Any] | None) -> bool:
-    """Whether the estimate says of itself that it must not be believed; False of records that do not say.
-
-    Args:
-        estimate: one of a record, such as ``true`` of a point of its sweep.
-    """
-    return (estimate or {}).get("trustworthy") is False
+def any_untrustworthy(points: Iterable[PointRecord]) -> bool:
+    """Return whether ΔH of any of these points of sweeps must not be believed."""
+    return any(point.true.untrustworthy for point in points)
 
 
-def any_untrustworthy(points: Iterable[Mapping[str, Any] | None]) -> bool:
-    """Whether ΔH of any of these points of sweeps is not to be believed."""
-    return any(untrustworthy((point or {}).get("true")) for point in points)
-
-
-def warnings_by_text(records: Sequence[Mapping[str, Any]]) -> dict[str, list[int | None]]:
-    """The warnings of all records, each once, with the steps that have it.
+def warnings_by_text(records: Sequence[Record]) -> dict[str, list[int | None]]:
+    """Return the warnings of all records, each once, with the steps that have it.
 
     Args:
         records: of a run's probes, or the one of a measurement.
@@ -33,6 +25,6 @@ def warnings_by_text(records: Sequence[Mapping[str, Any]]) -> dict[str, list[int
     """
     found: dict[str, list[int | None]] = {}
     for record in records:
-        for warning in record.get("warnings") or ():
-            found.setdefault(str(warning), []).append(record.get("step"))
+        for warning in record.warnings:
+            found.setdefault(warning, []).append(record.step)
     return found

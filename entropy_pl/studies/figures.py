@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from entropy_pl.records import EstimateRecord
 from entropy_pl.reporting.figures import FIRST_STYLE, GREY, LEGEND, TRUE_STYLE, banded_curve, new_figure, scientific
 
 # Okabe and Ito's palette, told apart by colour-blind readers; yellow is left out, as too light for lines
@@ -244,7 +245,8 @@ def _both(table: pd.DataFrame, eta: float) -> list[tuple[pd.DataFrame, str, str]
 
 def _band(axes: Axes, group: pd.DataFrame, scale: float, style: dict[str, Any], label: str, *, filled: bool) -> None:
     scaled = group[["value", "ci_low", "ci_high"]] / scale
-    estimates = [dict(zip(scaled.columns, row, strict=True)) for row in scaled.itertuples(index=False)]
+    rows = scaled.itertuples(index=False)
+    estimates = [EstimateRecord(value=value, ci_low=low, ci_high=high) for value, low, high in rows]
     banded_curve(axes, group["n"].to_numpy(float), estimates, style, label, filled=filled)
 
 

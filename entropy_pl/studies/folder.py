@@ -18,8 +18,7 @@ from entropy_pl.measurements.engine import fingerprint_of
 from entropy_pl.measurements.results import CONFIG, as_yaml, refuse_another_config, versions, write_whole
 from entropy_pl.probe import timed
 from entropy_pl.progress import progress
-from entropy_pl.reporting import SCHEMA, Record, RecordWriter, read_records
-from entropy_pl.reporting.records import to_json
+from entropy_pl.records import SCHEMA, Json, RecordWriter, read_records, to_json
 from entropy_pl.studies.study import StudySettings
 
 STUDY, CELLS = "study.json", "cells.jsonl"
@@ -48,7 +47,7 @@ class StudyFolder:
         self.versions = self._claim({"study": study, "config_hash": fingerprint_of(settings), "versions": versions()})
         self._writer = RecordWriter(self.path / CELLS)
         records = read_records(self._writer.path) if self._writer.path.exists() else []
-        self._cells: dict[str, Record] = {record["cell"]: record for record in records}
+        self._cells: dict[str, Json] = {record["cell"]: record for record in records}
 
     def __contains__(self, cell: str) -> bool:
         return cell in self._cells

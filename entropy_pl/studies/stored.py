@@ -19,7 +19,7 @@ from entropy_pl.files import written_whole
 from entropy_pl.measurements import Drawn, EntropyMeasurements, MeasurementSettings
 from entropy_pl.measurements.update import MeasuredUpdate
 from entropy_pl.probe import ProbeScores
-from entropy_pl.reporting.records import to_json
+from entropy_pl.records import to_json
 from entropy_pl.rollout import Rollout, TokenStats
 from entropy_pl.updates import UpdateVector
 

@@ -784,7 +784,7 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
             "remainder `differences`: sign flipped",
         ),
     ],
-    "entropy_pl/reporting/older_records.py": [
+    "entropy_pl/records/older.py": [
         ("_known(eta * _number(part, key))", "_known(_number(part, key))", "older records: still per unit η"),
     ],
     "entropy_pl/updates/left_out.py": [
@@ -883,7 +883,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "entropy_pl/policy/micro_batches.py": ("tests/policy/test_positions.py",),
     "entropy_pl/probe/dry_run.py": ("tests/test_dry_run.py",),
     "entropy_pl/attribution/parts.py": (f"{ATTRIBUTION}/test_errors.py",),
-    "entropy_pl/reporting/older_records.py": ("tests/reporting/test_older_records.py",),
+    "entropy_pl/records/older.py": ("tests/reporting/test_older_records.py",),
     "entropy_pl/updates/watched.py": (f"{UPDATES}/test_update_record.py", UPDATES),
 }
 

@@ -152,7 +152,7 @@ def rewarded_record(step: int = 0, **others: Any) -> dict[str, Any]:
                 "pearson": 0.5,
                 "pearson_ci_low": 0.25,
                 "pearson_ci_high": None,
-                "spearman": {"value": 0.4, "stderr": 0.05},
+                "spearman": 0.4,
                 "step_pearson": None,
             },
             "steer": {"sign_agreement": 0.75, "step_spearman": math.nan, "note": "text"},

@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
+from entropy_pl.records import to_json
 from entropy_pl.reporting import AttributedTokens
-from entropy_pl.reporting.records import to_json
 
 SIGNS = {"positive_advantage": 1, "negative_advantage": -1, "zero_advantage": 0}
 

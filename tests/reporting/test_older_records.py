@@ -103,7 +103,7 @@ def test_results_of_a_measurement_are_converted_too(tmp_path, new):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "results.json").write_text(json.dumps(OLD | {"kind": "measurement"}))
     [found] = read_run(tmp_path / "results").records
-    assert found == new | {"kind": "measurement"}
+    assert found.to_json() == new | {"kind": "measurement"}
 
 
 def test_a_studys_cell_is_measured_again(tmp_path):

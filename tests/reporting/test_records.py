@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from entropy_pl.reporting import RecordWriter, latest_per_step, read_records, taken_point
-from entropy_pl.reporting.records import number
 
 
 def test_what_is_written_is_read_in_order(tmp_path, make, make_failed):
@@ -221,9 +220,3 @@ def test_taken_point(make, make_failed):
     assert taken_point(make())["eta"] == 1e-4
     assert taken_point(make(multipliers=(0.5, 2))) is None
     assert taken_point(make_failed(0)) is None
-
-
-@pytest.mark.parametrize("value", [None, math.nan, math.inf, "1"])
-def test_number_of_what_is_none(value):
-    assert math.isnan(number({"a": value}, "a"))
-    assert number({"a": np.float32(0.5)}, "a") == 0.5

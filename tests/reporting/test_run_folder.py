@@ -23,7 +23,7 @@ def run(tmp_path, make):
 @pytest.mark.parametrize("given", [".", "..", "../..", "entropy_probe", "entropy_probe/records.jsonl"])
 def test_a_run_is_found_from_its_folder_and_its_neighbours(run, given):
     found = read_run(run / given)
-    assert [record["step"] for record in found.records] == [0, 5, 10]
+    assert [record.step for record in found.records] == [0, 5, 10]
     assert found.path.resolve() == run
     assert found.probe.resolve() == run / "entropy_probe"
 
@@ -72,7 +72,7 @@ def test_what_is_damaged_is_named_and_the_rest_is_there(run, make):
     (run / "events.out.tfevents.1.host").write_bytes(b"no event")
     (run / "metrics.csv").write_text("step,train/reward\n0,high\n")
     found = read_run(run)
-    assert [record["step"] for record in found.records] == [0, 5, 10, 20]
+    assert [record.step for record in found.records] == [0, 5, 10, 20]
     text = "\n".join(found.damaged)
     for number in (4, 5, 6, 7):
         assert f"records.jsonl, line {number} is not a record" in text

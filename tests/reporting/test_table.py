@@ -4,6 +4,7 @@ import math
 import pytest
 from rich.console import Console
 
+from entropy_pl.records import Record
 from entropy_pl.reporting import attribution_table, probe_table, sweep_table
 from entropy_pl.reporting.table import eta_star_shown, with_error
 
@@ -33,11 +34,11 @@ def test_a_measured_row(make):
     [(0.031, 0.052, "0.031 to 0.052"), (0.012, None, "≥ 0.012"), (0.0, 3e-5, "≤ 3e-05"), (0.0, None, "–")],
 )
 def test_eta_star_is_shown_as_its_interval(make, low, high, shown):
-    assert eta_star_shown(make(0, eta_star_ci_low=low, eta_star_ci_high=high)) == shown
+    assert eta_star_shown(Record.of(make(0, eta_star_ci_low=low, eta_star_ci_high=high))) == shown
 
 
 def test_eta_star_of_an_older_record_has_no_interval(make):
-    assert eta_star_shown(make(0, eta_star_ci_low=None, eta_star_ci_high=None)) == "about 0.0008"
+    assert eta_star_shown(Record.of(make(0, eta_star_ci_low=None, eta_star_ci_high=None))) == "about 0.0008"
 
 
 def test_rows_without_measurement_show_status_and_message(make, make_failed):

@@ -17,21 +17,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from entropy_pl.estimators import interval
+from entropy_pl.records.record import Record
 
 LARGEST = 1e150  # of the numbers that are converted: their products are floats
 
 
 def from_schema_1(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record in schema 2; what it lacks stays away.
+    """Return a record of schema 1 in schema 2; what it lacks stays away.
 
     Args:
-        record: of schema 1, its shape checked.
+        record: of schema 1, as JSON has it.
 
     Raises:
-        ValueError: for a study's cell, whose columns are not those of this version.
+        ValueError: for a study's cell, whose columns are not those of this version, or if the record has something else
+            under a record's keys.
     """
     if record.get("kind") == "cell":
         raise ValueError("it is a study's cell of an older version, which is measured again")
+    _check(record)
     new = {key: value for key, value in record.items() if key != "eta_star_stderr"} | {"schema": 2}
     if new.get("status", "ok") == "ok" and new.get("message"):
         said = new.get("warnings")
@@ -39,6 +42,15 @@ def from_schema_1(record: Mapping[str, Any]) -> dict[str, Any]:
     if new.get("attribution"):
         new["attribution"] = _attribution(new)
     return new
+
+
+def _check(record: Mapping[str, Any]) -> None:
+    """Refuse what only looks like a record; ``by_sign`` held plain numbers then, which are no estimates."""
+    attribution = record.get("attribution")
+    if isinstance(attribution, Mapping) and isinstance(attribution.get("by_sign"), Mapping):
+        record = {**record, "attribution": {**attribution, "by_sign": dict.fromkeys(attribution["by_sign"])}}
+    if record.get("kind", "probe") in ("probe", "measurement"):
+        Record.from_json(record)
 
 
 def _attribution(record: Mapping[str, Any]) -> dict[str, Any]:
