@@ -131,7 +131,7 @@ def test_lines_that_cannot_be_read_are_named(folder):
 
 def test_every_column_is_documented(folder):
     page = (ROOT / "docs/reading-the-curves.md").read_text()
-    table = page[page.index("## A run as a table") : page.index("## What a picture says")]
+    table = page[page.index("## A run as a table") : page.index("\n## ", page.index("## A run as a table") + 1)]
     parts = re.compile(r"_(stderr|ci_low|ci_high|stderr_u)$|^counterfactual_.*|^predictor_.*")
     names = {parts.sub("", name) for name in load_run(folder).probes.columns} - {""}
     documented = set(re.findall(r"`(\w+)`", table))
