@@ -22,10 +22,8 @@ from entropy_pl.records.record import (
     MemoryRecord,
     PromptsRecord,
     Record,
-    latest_per_step,
-    probes_of,
-    taken_point,
 )
+from entropy_pl.records.selection import latest_per_step, probes_of, taken_point
 from entropy_pl.records.stored import Stored, number
 from entropy_pl.records.strict_json import plain, to_json
 
