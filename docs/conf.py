@@ -58,12 +58,13 @@ def _add_public_names(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def _entry(room: str, name: str) -> str:
-    """The directive for one name; where a room shows it already, the package's page has a link."""
+    """The directive for one name; a link where the name is another package's, whose page shows it."""
     value = getattr(import_module(room), name)
-    if room == "entropy_pl":
-        at_home = [other for other in ROOMS if other != room and name in import_module(other).__all__]
-        if at_home:
-            return f".. py:data:: {name}\n\n   :py:obj:`{at_home[0]}.{name}`\n"
+    others = [other for other in ROOMS if other not in (room, "entropy_pl") and name in import_module(other).__all__]
+    if room != "entropy_pl":  # which defines nothing of its own
+        others = [other for other in others if getattr(value, "__module__", "").startswith(f"{other}.")]
+    if others:
+        return f".. py:data:: {name}\n\n   :py:obj:`{others[0]}.{name}`\n"
     if inspect.isclass(value):
         return f".. autoclass:: {room}.{name}\n"
     if inspect.isfunction(value):

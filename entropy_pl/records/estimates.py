@@ -111,11 +111,11 @@ class SymmetricRecord(Stored):
 
 @dataclass(frozen=True, kw_only=True)
 class PowerLawRecord(Stored):
-    """The line through log |ΔH| over log η.
+    """The line through ``log |ΔH|`` over log η.
 
     Args:
         slope: 1 where ΔH is of first order.
-        intercept: log |ΔH| at η = 1.
+        intercept: ``log |ΔH|`` at η = 1.
         r_squared: share of the variance that the line explains.
         n_points: step sizes that it was fitted to.
         coefficient: e to the power of the intercept, with the sign of ΔH, nats.
@@ -164,7 +164,7 @@ class PredictorRecord(Stored):
         spearman_stderr: its standard error.
         spearman_ci_low: lower end of its interval.
         spearman_ci_high: upper end.
-        sign_agreement: share of Σ|change| on tokens whose sign was predicted.
+        sign_agreement: share of ``Σ|change|`` on tokens whose sign was predicted.
         n_tokens: tokens compared.
         step: what it predicts of the whole step, nats per unit η.
         n_steps: probed steps that ``step_pearson`` and ``step_spearman`` compare.

@@ -110,7 +110,7 @@ class Record(Stored):
         sweep: ΔH and δH₁ at every step size, in ascending order.
         untrustworthy_from: the smallest ``|η|`` of the sweep whose ΔH must not be believed; None where there is none.
         symmetric: pairs ±η of the sweep.
-        power_law: the line through log |ΔH| over log η.
+        power_law: the line through ``log |ΔH|`` over log η.
         update_norm: norm of the update per unit learning rate.
         update_components: norm of each of its components, where the optimizer's step could be decomposed.
         update_gap: what the components leave unexplained, relative to ``update_norm``.
