@@ -1,6 +1,6 @@
 """How the pages and the docstrings become one site: ``make docs``. Nothing is fetched.
 
-A page of ``docs/api`` is a heading, the name of a room, and what is to be said of it in advance; the room's public
+A page of ``docs/api`` is a heading, the name of a package, and an introduction; the package's public
 names, its ``__all__``, are added here, so that the reference cannot forget one.
 """
 
@@ -39,7 +39,7 @@ autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 napoleon_custom_sections = ["Source"]
 
-ROOMS = sorted(path.stem for path in Path(__file__).parent.glob("api/entropy_pl*.md"))
+PACKAGES = sorted(path.stem for path in Path(__file__).parent.glob("api/entropy_pl*.md"))
 
 
 def setup(app: Sphinx) -> None:
@@ -51,24 +51,26 @@ def setup(app: Sphinx) -> None:
 
 
 def _add_public_names(app: Sphinx, page: str, source: list[str]) -> None:
-    room = page.removeprefix("api/")
-    if room in ROOMS:
-        entries = "\n".join(_entry(room, name) for name in import_module(room).__all__)
-        source[0] += f"\n```{{eval-rst}}\n.. py:currentmodule:: {room}\n\n{entries}\n```\n"
+    package = page.removeprefix("api/")
+    if package in PACKAGES:
+        entries = "\n".join(_entry(package, name) for name in import_module(package).__all__)
+        source[0] += f"\n```{{eval-rst}}\n.. py:currentmodule:: {package}\n\n{entries}\n```\n"
 
 
-def _entry(room: str, name: str) -> str:
+def _entry(package: str, name: str) -> str:
     """The directive for one name; a link where the name is another package's, whose page shows it."""
-    value = getattr(import_module(room), name)
-    others = [other for other in ROOMS if other not in (room, "entropy_pl") and name in import_module(other).__all__]
-    if room != "entropy_pl":  # which defines nothing of its own
+    value = getattr(import_module(package), name)
+    others = [
+        other for other in PACKAGES if other not in (package, "entropy_pl") and name in import_module(other).__all__
+    ]
+    if package != "entropy_pl":  # which defines nothing of its own
         others = [other for other in others if getattr(value, "__module__", "").startswith(f"{other}.")]
     if others:
         return f".. py:data:: {name}\n\n   :py:obj:`{others[0]}.{name}`\n"
     if inspect.isclass(value):
-        return f".. autoclass:: {room}.{name}\n"
+        return f".. autoclass:: {package}.{name}\n"
     if inspect.isfunction(value):
-        return f".. autofunction:: {room}.{name}\n"
+        return f".. autofunction:: {package}.{name}\n"
     said = "".join(f"   {line}\n" for line in _said_of(name, value))
     return f".. py:data:: {name}\n\n{said}\n"
 

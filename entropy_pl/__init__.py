@@ -1,6 +1,6 @@
 """entropy_pl: what one optimizer step does to a language model policy's entropy, measured with error bars.
 
-The public names are imported when first asked for, so that a room which needs arrays alone does not wait for
+The public names are imported when first asked for, so that a package which needs arrays alone does not wait for
 Lightning and Transformers.
 """
 

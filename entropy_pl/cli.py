@@ -131,7 +131,7 @@ def _warn_on_lines_of_their_own() -> None:
 
 
 def _leave_out_what_nobody_can_act_on() -> None:
-    """Before the heavy imports, since some of them speak while they are imported."""
+    """Set what must be set before the heavy imports: some of them print warnings when they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not is_watched():  # libraries' bars, which do not look
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -130,7 +130,7 @@ def what_to_do(error: BaseException, state: RunState, place: str | None, log: Pa
     ):
         return "to do: look for what another process of this run said: it failed first, or was killed"
     if place:
-        return "to do: mend that line; it is not this package's"
+        return "to do: fix that line; it is in your code"
     if isinstance(error, ArithmeticError):
         return "to do: lower the learning rate, or compute in float32 or bfloat16 instead of float16"
     if isinstance(error, ImportError):

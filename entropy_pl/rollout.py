@@ -1,4 +1,4 @@
-"""The two things that travel between rooms: a sampled batch, and what the policy says of every token in it.
+"""The two types that all packages exchange: a sampled batch, and the policy's log-probs and entropies of its tokens.
 
 Notation, here and everywhere: N sequences, P prompt positions, T completion positions, V vocabulary entries;
 ``m_ik`` is True where completion i has a token at position k (its first EOS counts, nothing after it does).

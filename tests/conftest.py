@@ -1,4 +1,4 @@
-"""Fixtures every room's tests may use: tiny policies built in code, and the real one where it lies."""
+"""Fixtures every package's tests may use: tiny policies built in code, and the real one where it lies."""
 
 from __future__ import annotations
 

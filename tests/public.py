@@ -1,10 +1,10 @@
-"""The public names: what each room's ``__all__`` promises."""
+"""The public names: what each package's ``__all__`` promises."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
-ROOMS = (
+PACKAGES = (
     "entropy_pl",
     "entropy_pl.attribution",
     "entropy_pl.callbacks",
@@ -24,5 +24,5 @@ ROOMS = (
 
 
 def public_names() -> list[str]:
-    """Every public name, with its room before it; TRL's only where TRL's own dependencies are installed."""
-    return [f"{room}.{name}" for room in ROOMS for name in import_module(room).__all__]
+    """Every public name, with its package before it; TRL's only where TRL's own dependencies are installed."""
+    return [f"{package}.{name}" for package in PACKAGES for name in import_module(package).__all__]

@@ -28,11 +28,11 @@ SOURCE = re.compile(r"^ *Source:\n((?: {8}.*\n)+)", re.MULTILINE)
 
 
 def public_things() -> dict[str, Any]:
-    """Every public object by its name, once, however many rooms show it."""
+    """Every public object by its name, once, however many packages show it."""
     things: dict[str, Any] = {}
     for name in public_names():
-        room, _, short = name.rpartition(".")
-        thing = getattr(import_module(room), short)
+        package, _, short = name.rpartition(".")
+        thing = getattr(import_module(package), short)
         if name != "entropy_pl.__version__" and not any(thing is other for other in things.values()):
             things[name] = thing
     return things

@@ -189,7 +189,7 @@ def test_a_run_that_fails_keeps_its_records_and_can_be_resumed(words, tmp_path, 
     run = tmp_path / "quickstart/version_0"
     assert "training at optimizer step 1 failed\nKeyError: 'x'" in first
     assert f"raised at {__file__}:" in first
-    assert "to do: mend that line" in first
+    assert "to do: fix that line" in first
     assert "go on    from the start: no checkpoint was saved" in first
     assert f"details  {run / 'error.log'}" in first
     assert [record["step"] for record in read_records(run / "entropy_probe/records.jsonl")] == [0]

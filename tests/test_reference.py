@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from printed import ROOT
-from public import ROOMS, public_names
+from public import PACKAGES, public_names
 
 NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # nobody listens there
 
 
-def test_every_room_has_its_page():
-    assert {path.stem for path in (ROOT / "docs/api").glob("*.md")} == set(ROOMS)
+def test_every_package_has_its_page():
+    assert {path.stem for path in (ROOT / "docs/api").glob("*.md")} == set(PACKAGES)
 
 
 @pytest.mark.slow

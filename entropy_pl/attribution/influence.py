@@ -84,7 +84,7 @@ def attribute_update(
         token_coefficients: ∂L/∂log π(t_uk) of the loss that made the step, ``[N_U, T_U]``.
         gradient_scale: c, the factor that clipping by norm put on the loss's gradient.
         entropy_coefficients: ∂L/∂h_uk, ``[N_U, T_U]``, where the loss has an entropy term.
-        advantages: of every completion of U, ``[N_U]``, by whose sign the tokens are told apart.
+        advantages: of every completion of U, ``[N_U]``, by whose sign the tokens are grouped.
         divided_by: what the loss is divided by, the number of U's ``completions`` or of their ``tokens``; for its
             error bar.
         base: statistics of E at θ, if they are at hand.

@@ -113,10 +113,10 @@ def publish(record: Record, loggers: Sequence[RunLogger], tokens: AttributedToke
         if tokens.matrix is None:
             del drawings["matrix"]
         figures |= {f"{ATTRIBUTION_TAG}{tag}": partial(draw, tokens) for tag, draw in drawings.items()}
-        with whatever_happens(f"write the attributed tokens of step {step}"):
+        with without_ending_the_run(f"write the attributed tokens of step {step}"):
             _write_tokens(tokens, folder / ATTRIBUTION_FOLDER / f"step_{step:06d}")
     for logger in loggers:
-        with whatever_happens(f"log the probe of step {step}"):
+        with without_ending_the_run(f"log the probe of step {step}"):
             if values:
                 logger.scalars(values, step)
             for tag, draw in figures.items():
@@ -134,7 +134,7 @@ def _write_tokens(tokens: AttributedTokens, name: Path) -> None:
 
 
 @contextmanager
-def whatever_happens(what: str, advice: str | Callable[[], str] = "") -> Iterator[None]:
+def without_ending_the_run(what: str, advice: str | Callable[[], str] = "") -> Iterator[None]:
     """A full disk or a logger that is down must not end a training run.
 
     Args:
@@ -165,7 +165,7 @@ def summarize(records_path: Path, loggers: Sequence[RunLogger]) -> None:
         drawings["exchange_rate"] = exchange_rate_figure
     pictures = []
     for name, draw in drawings.items():
-        with whatever_happens(f"draw {name}.png"):
+        with without_ending_the_run(f"draw {name}.png"):
             draw(records).savefig(records_path.with_name(f"{name}.png"))
             pictures.append(records_path.with_name(f"{name}.png"))
     console = Console(soft_wrap=True)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from entropy_pl.estimators import Baseline
 from entropy_pl.estimators.snis import Integrand, Normalize, Weighting
 from entropy_pl.monitor.discovery import check_which, truncated_sampling
-from entropy_pl.monitor.loggers import RunLogger, publish, summarize, whatever_happens
+from entropy_pl.monitor.loggers import RunLogger, publish, summarize, without_ending_the_run
 from entropy_pl.monitor.prompts import DEFAULT_COLUMN, count_common
 from entropy_pl.monitor.rendering import Prompt, Rendering
 from entropy_pl.monitor.run_probe import RunProbe, check_numbers
@@ -212,7 +212,7 @@ class StepMonitor:
         self._watched: Sequence[Any] = ()  # the optimizers, and the handle by which their steps are seen
         self._handle: StepsTogether | None = None
         self._writer: RecordWriter | None = None  # of the one process that writes
-        self._written: dict[int, Json] = {}  # by the part of the run that is taken again
+        self._written: dict[int, Json] = {}  # step → record already on disk, not rewritten on resume
         self._unwritten: list[Json] = []
         self._history: list[Record] = []  # of every probe of the run what theories are compared by
         self._interruption: BaseException | None = None
@@ -312,7 +312,7 @@ class StepMonitor:
                 logger.prepare(run_probe.sources.rewards is not None, run_probe.attribution.counterfactuals)
             for sentence in run_probe.warnings:
                 warnings.warn(sentence, stacklevel=2)
-            with whatever_happens("say what a probe will take"):
+            with without_ending_the_run("say what a probe will take"):
                 tqdm.write(self._announcement(run_probe))  # on a line of its own, whatever bars there are
         self._handle = StepsTogether(
             found.optimizers, self._before_step, run_probe.took_step, self._after_step, run_probe.disarm
@@ -387,7 +387,7 @@ class StepMonitor:
         """The run is over: show the probes as a table and a figure, and say where everything lies."""
         self._close()
         if self._writer is not None and self.records:
-            with whatever_happens("summarize the probes"):
+            with without_ending_the_run("summarize the probes"):
                 summarize(self._writer.path, self._run_loggers)
         self._stop_if_interrupted()
 
@@ -402,7 +402,7 @@ class StepMonitor:
         """Let go of the optimizer and of θ, and write what could not be written before."""
         self._settle()
         if self._unwritten:
-            with whatever_happens("write the last records", self._lost):
+            with without_ending_the_run("write the last records", self._lost):
                 self._write()
             self._unwritten = []
         if self._handle is not None:
@@ -476,7 +476,7 @@ class StepMonitor:
         record, self._unsettled = self._unsettled, None
         if record is not None:
             if self._run_probe is not None:
-                with whatever_happens("say what the update leaves out"):
+                with without_ending_the_run("say what the update leaves out"):
                     record |= self._run_probe.what_is_left_out(record)
             self._keep(record)
 
@@ -496,9 +496,9 @@ class StepMonitor:
     def _keep(self, record: Json) -> None:
         """Write the record at once, so that nothing measured is lost with the run; then show it."""
         record["reward"] = None
-        with whatever_happens("read the run's reward"):
+        with without_ending_the_run("read the run's reward"):
             record["reward"] = self._reward()
-        with whatever_happens("compare theories over the run's steps"):
+        with without_ending_the_run("compare theories over the run's steps"):
             add_step_agreement(record, self._history)
             self._history.append(step_evidence(record))
         tokens = None
@@ -508,12 +508,14 @@ class StepMonitor:
         del self.records[: -max(KEPT, len(self._unwritten) + 1)]
         if self._writer is None:
             return
-        with whatever_happens(f"write the record of step {record['step']}", lambda: KEPT_BACK * bool(self._unwritten)):
+        with without_ending_the_run(
+            f"write the record of step {record['step']}", lambda: KEPT_BACK * bool(self._unwritten)
+        ):
             if not _is_same(record, self._written.pop(record["step"], None)):  # a resumed run takes steps again
                 self._written = {}  # whose later records in the file are, for readers, given up with this one
                 self._unwritten.append(record)
             self._write()
-        with whatever_happens(f"show the probe of step {record['step']}"):
+        with without_ending_the_run(f"show the probe of step {record['step']}"):
             publish(Record.from_json(record), self._run_loggers, tokens, self._writer.path.parent)
 
     def _write(self) -> None:

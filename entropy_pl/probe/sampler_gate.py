@@ -77,7 +77,7 @@ class SamplerGap:
                 f"difference of {self.neighbours / self.tokens:.3g} nats a token between one at a time and "
                 f"micro-batches ({over}): the policy reads padding on the right, or chooses how to encode positions by "
                 "the longest sequence of a batch (rotary scaling). Nothing can be measured of it: keep all sequences "
-                "in one position regime, or mend the model's use of its attention mask"
+                "in one position regime, or correct the model's use of its attention mask"
             )
         if self.mean > self.allowed:
             raise SamplerMismatchError(

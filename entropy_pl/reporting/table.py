@@ -158,7 +158,7 @@ def _parts(record: Record) -> list[tuple[str, EstimateRecord]]:
         ("momentum", found.momentum),
         ("weight decay", found.weight_decay),
         ("gradient", found.gradient),
-        # indented: the gradient's part once more, told apart (but for the remainder's rounding of θ)
+        # indented: the gradient's part once more, in parts (but for the remainder's rounding of θ)
         ("  tokens", found.tokens),
         *((f"    of {words}", found.part(name)) for name, words in SIGNS.items()),
         ("  remainder", found.remainder_sum),

@@ -1,4 +1,4 @@
-"""What the tests of this room share: random ragged statistics, and samples of the enumerated policy."""
+"""What the tests of this package share: random ragged statistics, and samples of the enumerated policy."""
 
 from __future__ import annotations
 

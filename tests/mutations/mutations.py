@@ -813,7 +813,7 @@ CHANGES: dict[str, list[tuple[str, str, str]]] = {
 ESTIMATORS, ATTRIBUTION, UPDATES = "tests/estimators", "tests/attribution", "tests/updates"
 OBJECTIVES = "tests/objectives"
 
-# The tests of its room, those first that are nearest to the file.
+# The tests of its package, those first that are nearest to the file.
 TESTS: dict[str, tuple[str, ...]] = {
     "entropy_pl/estimators/snis.py": (
         f"{ESTIMATORS}/test_closed_forms.py",
