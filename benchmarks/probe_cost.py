@@ -124,7 +124,7 @@ def report(
         recorder = UpdateRecorder(model, optimizer)
         recorder.snapshot()
         optimizer.step()
-        update = recorder.read(keep=False)
+        update = recorder.read_lazily()
         with recorder.at_theta_before():
             result = probe.measure(model, rollout, update, peers=peers)
     seconds: dict[str, float] = {}

@@ -463,7 +463,7 @@ class RunProbe:
                 raise RuntimeError("no step is being watched: call arm() before the optimizer's step")
             apart = WHOLE_TRAINING_STEP if self.holds_moved else None
             # What a lazy one refers to stays as it is until the probe is over.
-            update = self._recorder.read(keep=False, no_split=apart)
+            update = self._recorder.read_lazily(no_split=apart)
             record["lr"] = update.lr
             norm = update.checked_norm()
             if self.peers.size == 1:

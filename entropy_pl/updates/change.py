@@ -41,7 +41,7 @@ class Change:
         if after._version != self.versions[name]:
             raise RuntimeError(
                 f"expected the parameters as the step left them, got {name} changed since: use the update before the "
-                "next step, or read(keep=True)"
+                "next step, or read() in the place of read_lazily()"
             )
         change = after.double() - self.before[name].double()
         return change if self.lr is None else change / self.lr

@@ -130,8 +130,10 @@ class UpdateRecorder:
                 self._steps.pop(id(watched), None)
                 self._steps[id(watched)] = self._taken(watched)
 
-    def read(self, keep: bool = True, *, no_split: str | None = None) -> UpdateVector:
-        """Take Δθ/lr_ref in float64, and the components where the optimizer is of Adam's family or torch's SGD.
+    def read(self, *, no_split: str | None = None) -> UpdateVector:
+        """Return Δθ/lr_ref in float64, and the components where the optimizer is of Adam's family or torch's SGD.
+
+        All of it is held, 40 bytes a number with components.
 
         Components are there only where they add up to the step, but for rounding
         (:mod:`~entropy_pl.updates.check`): a step that is not that of the optimizer's base class, or that a wrapper
@@ -141,18 +143,33 @@ class UpdateRecorder:
         learning rate (Adafactor's own schedule) counts as one of rate 1.
 
         Args:
-            keep: True holds all in float64, 40 bytes a number with components. False holds nothing: direction,
-                components and preconditioner are lazy, and compute a parameter's tensor anew at every access from the
-                snapshot, the parameters' storage and the optimizer's state. Such a vector is good until the optimizer
-                steps again or zeroes its gradients in place; that the parameters hold other values for a while
-                (:meth:`at_theta_before`, :func:`~entropy_pl.updates.displace.displaced`) does not disturb it. It
-                keeps the snapshot alive, :meth:`forget` or not.
             no_split: why the step is not to be split, where the caller knows.
 
         Raises:
-            RuntimeError: without a snapshot. From a lazy vector, where it notices that the parameters were written to.
+            RuntimeError: without a snapshot.
             ValueError: if parameters moved at a learning rate of zero.
         """
+        return self._read(kept_update, no_split)
+
+    def read_lazily(self, *, no_split: str | None = None) -> UpdateVector:
+        """Return the update of :meth:`read` without holding any of it.
+
+        Direction, components and preconditioner compute a parameter's tensor anew at every access from the snapshot,
+        the parameters' storage and the optimizer's state. Such a vector is good until the optimizer steps again or
+        zeroes its gradients in place; that the parameters hold other values for a while (:meth:`at_theta_before`,
+        :func:`~entropy_pl.updates.displace.displaced`) does not disturb it. It keeps the snapshot alive, :meth:`forget`
+        or not.
+
+        Args:
+            no_split: why the step is not to be split, where the caller knows.
+
+        Raises:
+            RuntimeError: without a snapshot; from the vector, where it notices that the parameters were written to.
+            ValueError: if parameters moved at a learning rate of zero.
+        """
+        return self._read(lazy_update, no_split)
+
+    def _read(self, make: Callable[..., UpdateVector], no_split: str | None) -> UpdateVector:
         before = self._snapshot()
         after = {name: parameter.detach() for name, parameter in self._parameters.items()}
         # Those noted come first, in the order in which they stepped.
@@ -170,7 +187,7 @@ class UpdateRecorder:
             stepped = self._in_turn([(step.splits, step.unit / lr) for step in steps])
             in_turn = {owner: [Stepped(*rest) for _, *rest in steps_on] for owner, steps_on in stepped.items()}
             splits = Splits(before, in_turn, lr, " and ".join(stepper_name(w.optimizer) for w in order))
-        self._update = (kept_update if keep else lazy_update)(change, splits, lr, absent)
+        self._update = make(change, splits, lr, absent)
         if moved:
             self._no_split = self._update.split_absent
         if self._all_moments and lr > 0 and not self._no_split:

@@ -1,4 +1,4 @@
-"""read(keep=False): the numbers of read(), and nothing held. Bytes are counted by whoever allocates them."""
+"""read_lazily(): the numbers of read(), and nothing held. Bytes are counted by whoever allocates them."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_both_are_one(name, dtype):
     optimizer = OPTIMIZERS[name](model)
     for seed in range(4):
         recorder = step(model, optimizer, seed)
-        kept, lazy = recorder.read(), recorder.read(keep=False)
+        kept, lazy = recorder.read(), recorder.read_lazily()
         assert recorder.update is lazy
         optimizer.zero_grad()  # to None
         with recorder.at_theta_before(), displaced(model, kept, 0.1):
@@ -160,7 +160,7 @@ def test_displaced_by_either():
     optimizer = AdamW(groups(model))
     recorder = step(model, optimizer, 1)
     after = {n: p.detach().clone() for n, p in model.named_parameters()}
-    lazy = recorder.read(keep=False)
+    lazy = recorder.read_lazily()
     with recorder.at_theta_before(), displaced(model, lazy, lazy.lr):
         assert all(torch.equal(p, after[n]) for n, p in model.named_parameters())
 
@@ -175,7 +175,7 @@ def test_component_norms_of_what_is_held():
 
 def test_names_that_are_not_there():
     model = model_of()
-    lazy = step(model, AdamW(groups(model)), 1).read(keep=False)
+    lazy = step(model, AdamW(groups(model)), 1).read_lazily()
     for mapping in (lazy.direction, lazy.components, lazy.components["momentum"], lazy.preconditioner):
         assert "nope" not in mapping
         with pytest.raises(KeyError, match="nope"):
@@ -200,7 +200,7 @@ class TestMemory:
         for seed in range(2):
             recorder = step(model, optimizer, seed)
         with self.counted() as counted:
-            lazy = recorder.read(keep=False)
+            lazy = recorder.read_lazily()
             assert counted.live == 0  # of the check that the split adds up, one parameter at a time
             lazy.norm()
             lazy.gap()
@@ -216,7 +216,7 @@ class TestMemory:
 
     def test_displaced_holds_the_moved_parameters_only(self):
         model = model_of()
-        lazy = step(model, AdamW(groups(model)), 1).read(keep=False)
+        lazy = step(model, AdamW(groups(model)), 1).read_lazily()
         with self.counted() as counted:
             with displaced(model, lazy, 0.1):
                 assert counted.live == 4 * self.n  # float32
@@ -253,7 +253,7 @@ class TestValidity:
     def test_until_the_parameters_change(self):
         model = model_of()
         optimizer = AdamW(groups(model))
-        lazy = step(model, optimizer, 1).read(keep=False)
+        lazy = step(model, optimizer, 1).read_lazily()
         optimizer.step()
         with pytest.raises(RuntimeError, match=r"parameters as the step left them, got 0\.weight changed since"):
             lazy.norm()
@@ -262,7 +262,7 @@ class TestValidity:
         model = model_of()
         recorder = step(model, AdamW(groups(model)), 1)
         norm = recorder.read().norm()
-        lazy = recorder.read(keep=False)
+        lazy = recorder.read_lazily()
         recorder.forget()
         assert lazy.norm() == norm
         assert lazy.gap() < 1e-5  # 3e-8 of θ ~ 0.06 over lr·v ~ 3e-3
@@ -271,7 +271,7 @@ class TestValidity:
         model = model_of()
         recorder = UpdateRecorder(model, AdamW(groups(model)))
         recorder.snapshot()
-        lazy = recorder.read(keep=False)
+        lazy = recorder.read_lazily()
         assert lazy.norm() == 0
         assert lazy.components is lazy.preconditioner is lazy.gap() is lazy.component_norms() is None
         assert lazy.split_absent == "the step moved no parameter"
@@ -284,7 +284,7 @@ class TestValidity:
         with torch.no_grad():
             model[3].bias.add_(1.0)
         with pytest.raises(ValueError, match=r"learning rate > 0 behind a step that moved the parameters, got 0\.0"):
-            recorder.read(keep=False)
+            recorder.read_lazily()
 
 
 def test_why_there_is_no_split():
