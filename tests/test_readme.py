@@ -28,7 +28,7 @@ class Run(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(torch.randint(4, 40, (80, 8)), batch_size=4)
+        return torch.utils.data.DataLoader(torch.randint(4, 40, (400, 8)), batch_size=4)
 
 
 def test_attaching_to_lightning_takes_ten_lines(tmp_path, monkeypatch):
@@ -39,7 +39,7 @@ def test_attaching_to_lightning_takes_ten_lines(tmp_path, monkeypatch):
     scope: dict[str, Any] = {"module": module, "evaluation_prompts": PROMPTS}
     exec(block, scope)
     assert [(record["step"], record["status"]) for record in scope["probe"].records] == [
-        (10 * n, "ok") for n in range(2)
+        (10 * n, "ok") for n in range(10)
     ]
 
 

@@ -22,8 +22,8 @@ from trl_runs import probe as trl_probe
 from entropy_pl.monitor import step_monitor
 from entropy_pl.monitor.run_probe import RunProbe
 from entropy_pl.peers import Peers
+from entropy_pl.records import files as writing
 from entropy_pl.reporting import read_records
-from entropy_pl.reporting import records as writing
 from entropy_pl.updates import displace
 
 WITHIN = {"sampling": None, "tangents": "sampling", "sweep": "tangents"}

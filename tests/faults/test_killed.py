@@ -14,7 +14,7 @@ from other_process import Announce, other_process, stop_within_probe
 from six_steps import Saves, Steps, assert_same, records, run
 
 from entropy_pl.cli import main
-from entropy_pl.reporting import records as writing
+from entropy_pl.records import files as writing
 
 
 def killed(work: Any) -> None:

@@ -92,7 +92,7 @@ def test_numbers_as_pyyaml_leaves_them():
         ({"update": {"clip_cov_fraction": 0.1, "kl_cov_fraction": 0.1}}, "expected Clip-Cov or KL-Cov, got both"),
         ({"attribution": True}, "attribution: expected a section with keys of its own, got True"),
         ({"attribution": {"enable": True}}, "unknown key 'attribution.enable'; did you mean 'attribution.enabled'?"),
-        ({"attribution": {"influence_matrix": True}}, "expected attribution.enabled: true with influence_matrix"),
+        ({"attribution": {"influence_matrix": True}}, "expected attribution turned on with influence_matrix"),
         (
             {"attribution": {"enabled": True, "token_error_blocks": 1}},
             "token_error_blocks of at least 2, or 0 for none",
