@@ -96,7 +96,7 @@ class AttributionRecord(Stored):
     gradient: EstimateRecord = NO_ESTIMATE
     tokens: EstimateRecord = NO_ESTIMATE
     by_sign: Mapping[str, EstimateRecord] = field(default_factory=dict)
-    remainder: Mapping[str, float | None] = detail({})
+    remainder: Mapping[str, float | None] = field(default_factory=dict)
     remainder_sum: EstimateRecord = NO_ESTIMATE
     total: float | None = None
     over_u: OverURecord = NOT_SAID
